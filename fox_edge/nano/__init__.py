@@ -1,0 +1,1 @@
+"""The embedded model: Fox in miniature, and the code that trained it."""
