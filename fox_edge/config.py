@@ -52,13 +52,17 @@ class FoxConfig:
                     f"config.json: {name} is {value!r}, but must be an integer from 1 to {MAX_DIMENSION}"
                 )
         if self.num_layers > MAX_LAYERS:
-            raise CheckpointError(f"config.json: {self.num_layers} layers; at most {MAX_LAYERS} are supported")
+            raise CheckpointError(
+                f"config.json: {self.num_layers} layers; at most {MAX_LAYERS} are supported"
+            )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"config.json: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly"
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"config.json: head_dim is {self.head_dim}, but rotary needs an even number")
+            raise CheckpointError(
+                f"config.json: head_dim is {self.head_dim}, but rotary needs an even number"
+            )
         if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
             raise CheckpointError(
                 f"config.json: rms_norm_eps {self.rms_norm_eps} and rope_theta {self.rope_theta} must be positive"
@@ -146,7 +150,9 @@ class FoxConfig:
             )
         for name, harmless in _MUST_BE.items():
             if fields.get(name, harmless[0]) not in harmless:
-                raise CheckpointError(f"config.json: {name} is {fields[name]!r}, which fox-edge does not compute")
+                raise CheckpointError(
+                    f"config.json: {name} is {fields[name]!r}, which fox-edge does not compute"
+                )
         required = (
             "vocab_size",
             "hidden_size",

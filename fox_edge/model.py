@@ -111,7 +111,12 @@ class Attention(nn.Module):
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T > 1 and not past, enable_gqa=self.num_heads != self.num_kv_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=T > 1 and not past,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

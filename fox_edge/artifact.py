@@ -1,0 +1,266 @@
+"""An exported model: a folder with a manifest, written whole or not at all.
+
+The only contract between export and runtimes. Knows the folder and its manifest, not what a model file
+holds. `ArtifactWriter` works under a temporary name beside the target and renames at the end, so a killed
+export leaves nothing that looks like a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fox_edge.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 16 << 20
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What one tensor of the checkpoint became. `bytes` counts scales and zero points too."""
+
+    name: str  # Hugging Face's
+    stored_as: str  # the name inside the model file
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+    reason: str | None = None  # why the type is not the one the recipe asked for
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known of an artifact."""
+
+    format: str
+    quant: str
+    model_file: str
+    tied: bool
+    parameters: int
+    context: int
+    checkpoint: str  # what was exported, as the user named it (a folder's last part, a hub id, 'nano')
+    checkpoint_sha256: str
+    tensors: tuple[TensorRecord, ...]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    verification: dict[str, Any] | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; a tied matrix counts once."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage per parameter, over the whole model."""
+        return 8 * self.weight_bytes / self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as manifest.json holds it."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], where: Path) -> Manifest:
+        """Check and read what `to_json` wrote; raises ArtifactError naming the file and the field."""
+        if fields.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"{where}: manifest schema {fields.get('schema')!r}, but this version reads {SCHEMA}"
+            )
+        values = {k: v for k, v in fields.items() if k != "schema"}
+        for key, kind in _FIELDS.items():
+            if not isinstance(values.get(key), kind):
+                raise ArtifactError(f"{where}: field '{key}' is missing or not of the expected kind")
+        unknown = sorted(set(values) - set(_FIELDS) - {"verification"})
+        if unknown:
+            raise ArtifactError(f"{where}: unknown field '{unknown[0]}'")
+        try:
+            values["tensors"] = tuple(
+                TensorRecord(**{**t, "shape": tuple(int(n) for n in t["shape"])}) for t in values["tensors"]
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ArtifactError(f"{where}: field 'tensors' is not a list of tensor records") from None
+        values["notes"] = tuple(str(n) for n in values["notes"])
+        for name in (values["model_file"], *values["files"]):
+            _check_name(name, where)
+        return cls(**values)
+
+
+_FIELDS: dict[str, type] = {
+    "format": str,
+    "quant": str,
+    "model_file": str,
+    "tied": bool,
+    "parameters": int,
+    "context": int,
+    "checkpoint": str,
+    "checkpoint_sha256": str,
+    "tensors": list,
+    "recipe": dict,
+    "versions": dict,
+    "notes": list,
+    "files": dict,
+}
+
+
+def _check_name(name: str, where: Path) -> None:
+    """A manifest may only speak of files inside its own folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ArtifactError(f"{where}: '{name}' is not a plain file name inside the artifact's folder")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact: its folder and manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Read the manifest and check that every file it names is there; raises ArtifactError."""
+        where = path / MANIFEST
+        if not path.is_dir():
+            raise ArtifactError(f"{path}: no such folder" if not path.exists() else f"{path}: not a folder")
+        if not where.is_file():
+            raise ArtifactError(f"{path}: not an exported model (no {MANIFEST})")
+        if where.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(
+                f"{where}: {where.stat().st_size} bytes, but at most {MAX_MANIFEST_BYTES} are read"
+            )
+        try:
+            fields = json.loads(where.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{where}: not readable as JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise ArtifactError(f"{where}: holds no JSON object")
+        manifest = Manifest.from_json(fields, where)
+        for name in (manifest.model_file, *manifest.files):
+            if not (path / name).is_file():
+                raise ArtifactError(f"{path / name}: named by the manifest, but missing")
+        return cls(path, manifest)
+
+    @property
+    def model_path(self) -> Path:
+        """The file that the runtime opens."""
+        return self.path / self.manifest.model_file
+
+    def total_bytes(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file())
+
+    def changed_files(self) -> Iterator[str]:
+        """Names of the files whose sha256 is not the manifest's."""
+        for name, digest in self.manifest.files.items():
+            if sha256_file(self.path / name) != digest:
+                yield name
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ArtifactWriter:
+    """A context manager: files go into `folder`, `commit(manifest)` turns it into the target.
+
+    Leaving the context without `commit` deletes the folder; the target is untouched.
+    Raises ArtifactError when the target exists (unless `replace`), or cannot be written.
+    """
+
+    def __init__(self, target: Path, replace: bool = False) -> None:
+        self.target, self.replace = target, replace
+        if target.exists() and not replace:
+            raise ArtifactError(f"{target}: exists already; choose another name or pass --replace")
+        if target.exists() and not (target / MANIFEST).is_file():
+            raise ArtifactError(f"{target}: exists and is not an exported model, so --replace does not apply")
+        self.folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        self._committed = False
+
+    def __enter__(self) -> ArtifactWriter:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError as error:
+            raise ArtifactError(f"{self.target}: cannot be written ({error.strerror})") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._committed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
+            raise ArtifactError(
+                f"{self.target}: writing failed ({error.strerror}); nothing was kept"
+            ) from error
+
+    def need(self, size_bytes: int) -> None:
+        """Refuse at once what the disk cannot hold."""
+        free = shutil.disk_usage(self.folder).free
+        if size_bytes > free:
+            raise ArtifactError(
+                f"{self.target}: needs {size_bytes} bytes, but only {free} are free on that disk"
+            )
+
+    def commit(self, manifest: Manifest) -> Artifact:
+        """Hash and flush every file, write the manifest last, rename the folder to the target."""
+        files = {p.name: sha256_file(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
+        final = Manifest(**{**manifest.__dict__, "files": files})
+        text = json.dumps(final.to_json(), indent=1, ensure_ascii=False) + "\n"
+        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
+        for path in self.folder.iterdir():
+            _flush(path)
+        _flush(self.folder)
+        self._rename()
+        self._committed = True
+        return Artifact(self.target, final)
+
+    def _rename(self) -> None:
+        """Move the finished folder into place; an old artifact is moved aside first and restored on failure."""
+        old = None
+        if self.target.exists():
+            old = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.old"
+            self.target.rename(old)
+        try:
+            self.folder.rename(self.target)
+        except OSError as error:
+            if old is not None:
+                old.rename(self.target)
+            raise ArtifactError(f"{self.target}: cannot be renamed into place ({error.strerror})") from None
+        _flush(self.target.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file or folder; not every file system can flush a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,290 @@
+"""The table of quantization types, and recipes: which tensor gets which type.
+
+Knows names, block sizes, bytes and error bounds; not how a format stores the blocks (the exporters do)
+and not where weights come from. A recipe is data: what it decides is written into the manifest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fox_edge.errors import RecipeError
+
+GGUF, ONNX = "gguf", "onnx"
+FORMATS = (GGUF, ONNX)
+MAX_RECIPE_BYTES = 1 << 20
+
+# The input embedding, which is the output head too when the model is tied; and the head when it is not.
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One way to store weights.
+
+    `block_size` consecutive weights of a row take `block_bits` bits, scales and zero points included.
+    `bits` is the width of one stored integer (0: a float type). `max_error` bounds, tensor by tensor, the
+    root-mean-square of (dequantized - original) over that of the original; verification holds exports to it.
+    """
+
+    name: str
+    format: str
+    bits: int
+    block_size: int
+    block_bits: int
+    max_error: float
+    symmetric: bool = True
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage per weight, scales and zero points included."""
+        return self.block_bits / self.block_size
+
+    def holds(self, columns: int) -> bool:
+        """Whether a row of this many weights is a whole number of blocks."""
+        return columns % self.block_size == 0
+
+    def row_bytes(self, tensor: str, columns: int) -> int:
+        """Bytes of one row; raises RecipeError when the row is not a whole number of blocks."""
+        if not self.holds(columns):
+            raise RecipeError(
+                f"{tensor}: a row of {columns} weights is not a whole number of {self.name} blocks "
+                f"of {self.block_size}"
+            )
+        return -(-(columns // self.block_size) * self.block_bits // 8)
+
+
+def _gguf(name: str, bits: int, block_size: int, block_bytes: int, max_error: float) -> QuantType:
+    return QuantType(name, GGUF, bits, block_size, 8 * block_bytes, max_error)
+
+
+def _onnx(bits: int, block_size: int, symmetric: bool) -> QuantType:
+    """MatMulNBits storage: packed integers, a float32 scale and, unless symmetric, a zero point per block."""
+    return QuantType(
+        name=f"q{bits}{'s' if symmetric else 'a'}{block_size}",
+        format=ONNX,
+        bits=bits,
+        block_size=block_size,
+        block_bits=bits * block_size + 32 + (0 if symmetric else bits),
+        max_error={2: 0.9, 4: 0.25, 8: 0.02}[bits],
+        symmetric=symmetric,
+    )
+
+
+# GGUF block sizes and bytes: the block structures of llama.cpp's ggml-common.h. Error bounds: about twice
+# what each type loses on normally distributed weights.
+_TABLE: tuple[QuantType, ...] = (
+    _gguf("f32", 0, 1, 4, 1e-6),
+    _gguf("f16", 0, 1, 2, 1e-3),
+    _gguf("bf16", 0, 1, 2, 8e-3),
+    _gguf("q8_0", 8, 32, 34, 0.02),
+    _gguf("q6_k", 6, 256, 210, 0.05),
+    _gguf("q5_k", 5, 256, 176, 0.1),
+    _gguf("q5_1", 5, 32, 24, 0.12),
+    _gguf("q5_0", 5, 32, 22, 0.15),
+    _gguf("q4_k", 4, 256, 144, 0.2),
+    _gguf("q4_1", 4, 32, 20, 0.2),
+    _gguf("q4_0", 4, 32, 18, 0.25),
+    _gguf("iq4_nl", 4, 32, 18, 0.2),
+    _gguf("iq4_xs", 4, 256, 136, 0.2),
+    _gguf("q3_k", 3, 256, 110, 0.4),
+    _gguf("q2_k", 2, 256, 84, 0.7),
+    QuantType("float32", ONNX, 0, 1, 32, 1e-6),
+    *(
+        _onnx(bits, block_size, symmetric)
+        for bits in (8, 4, 2)
+        for block_size in (16, 32, 64, 128, 256)
+        for symmetric in (True, False)
+    ),
+)
+TYPES: dict[tuple[str, str], QuantType] = {(t.format, t.name): t for t in _TABLE}
+
+# What a row that is no whole number of blocks gets instead: first of the same width or more that holds it.
+_FALLBACKS = {
+    GGUF: {
+        "q6_k": "q8_0",
+        "q5_k": "q5_1",
+        "q4_k": "q5_0",
+        "iq4_xs": "iq4_nl",
+        "q3_k": "iq4_nl",
+        "q2_k": "iq4_nl",
+    },
+    ONNX: {},
+}
+_PLAIN = {GGUF: "f16", ONNX: "float32"}
+# Vectors (the norms) stay in float32 everywhere: a thousandth of the bytes, read at every token.
+_VECTOR = {GGUF: "f32", ONNX: "float32"}
+
+
+def type_names(format: str) -> list[str]:
+    """The names that a recipe for this format may use, widest first."""
+    return [t.name for t in _TABLE if t.format == format]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What verification demands of an export made by a recipe."""
+
+    mean_kl_nats: float
+    greedy_tokens: int  # the same greedy text for this many tokens; 0: not demanded
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The type one tensor gets; `reason` says why it is not the one the recipe asked for."""
+
+    type: QuantType
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which tensor gets which type: the first matching (pattern, type) rule, else `default`."""
+
+    name: str
+    format: str
+    default: str
+    rules: tuple[tuple[str, str], ...]
+    limits: Limits
+
+    def resolve(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Assignment]:
+        """Tensor name -> what it gets, for every name in `shapes` (rows, columns).
+
+        Raises RecipeError for an unknown type or a rule that names no tensor.
+        """
+        for _, type_name in (*self.rules, ("", self.default)):
+            self._type(type_name)
+        for pattern, _ in self.rules:
+            # A rule about the head is for untied models; it is no mistake in a recipe that serves both.
+            if pattern != HEAD and not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+                raise RecipeError(
+                    f"recipe {self.name}: the rule '{pattern}' names none of the {len(shapes)} tensors"
+                )
+        return {name: self._assign(name, shape) for name, shape in shapes.items()}
+
+    def _type(self, name: str) -> QuantType:
+        found = TYPES.get((self.format, name))
+        if found is None:
+            raise RecipeError(
+                f"recipe {self.name}: unknown {self.format} type '{name}'; known: {', '.join(type_names(self.format))}"
+            )
+        return found
+
+    def _assign(self, name: str, shape: tuple[int, ...]) -> Assignment:
+        if len(shape) == 1:
+            return Assignment(self._type(_VECTOR[self.format]))
+        asked = next((t for pattern, t in self.rules if fnmatch.fnmatchcase(name, pattern)), self.default)
+        given = self._type(asked)
+        if not given.holds(shape[1]):
+            given = self._fallback(given, shape[1])
+        if given.name == asked:
+            return Assignment(given)
+        return Assignment(
+            given,
+            f"{shape[1]} columns are no whole number of {asked} blocks of {self._type(asked).block_size}",
+        )
+
+    def _fallback(self, asked: QuantType, columns: int) -> QuantType:
+        if asked.format == ONNX:
+            smaller = [
+                t
+                for t in _TABLE
+                if (t.format, t.bits, t.symmetric) == (ONNX, asked.bits, asked.symmetric)
+                and t.block_size < asked.block_size
+                and t.holds(columns)
+            ]
+            if smaller:
+                return max(smaller, key=lambda t: t.block_size)
+        elif asked.name in _FALLBACKS[GGUF]:
+            next_type = self._type(_FALLBACKS[GGUF][asked.name])
+            return next_type if next_type.holds(columns) else self._fallback(next_type, columns)
+        return self._type(_PLAIN[asked.format])
+
+
+INT8_LIMITS = Limits(mean_kl_nats=0.005, greedy_tokens=32)
+INT4_LIMITS = Limits(mean_kl_nats=0.1, greedy_tokens=0)
+
+# The tied matrix costs quality twice (as embedding and as head), so int4 keeps it wider than the body.
+PRESETS: dict[tuple[str, str], Recipe] = {
+    (GGUF, "int8"): Recipe("int8", GGUF, "q8_0", (), INT8_LIMITS),
+    (GGUF, "int4"): Recipe("int4", GGUF, "q4_k", ((EMBEDDING, "q6_k"), (HEAD, "q6_k")), INT4_LIMITS),
+    (ONNX, "int8"): Recipe("int8", ONNX, "q8s128", (), INT8_LIMITS),
+    (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", ((EMBEDDING, "q8s128"), (HEAD, "q8s128")), INT4_LIMITS),
+}
+
+
+def _default_limits(type_: QuantType) -> Limits:
+    if type_.bits in (0, 8):
+        return INT8_LIMITS
+    return INT4_LIMITS if type_.bits >= 4 else Limits(mean_kl_nats=1.0, greedy_tokens=0)
+
+
+def find_recipe(format: str, quant: str) -> Recipe:
+    """A preset ('int8', 'int4'), a type's own name ('q4_k': every matrix gets it), or a .toml file.
+
+    Raises RecipeError that lists what is known.
+    """
+    if format not in FORMATS:
+        raise RecipeError(f"unknown format '{format}'; known: {', '.join(FORMATS)}")
+    if quant.endswith(".toml"):
+        return read_recipe(Path(quant), format)
+    if (format, quant) in PRESETS:
+        return PRESETS[format, quant]
+    if (format, quant) in TYPES:
+        return Recipe(quant, format, quant, (), _default_limits(TYPES[format, quant]))
+    presets = [name for f, name in PRESETS if f == format]
+    raise RecipeError(
+        f"unknown {format} quantization '{quant}'; known: {', '.join(presets + type_names(format))}, or a recipe.toml"
+    )
+
+
+def read_recipe(path: Path, format: str) -> Recipe:
+    """Read a recipe file:
+
+        default = "q4_k"
+        [tensors]                      # first match wins; shell patterns over Hugging Face names
+        "model.embed_tokens.weight" = "q6_k"
+        [limits]                       # optional
+        mean_kl_nats = 0.1
+        greedy_tokens = 0
+
+    Raises RecipeError naming the file and the key.
+    """
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(
+                f"{path}: {path.stat().st_size} bytes, but a recipe has at most {MAX_RECIPE_BYTES}"
+            )
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: not readable as TOML ({error})") from None
+    unknown = sorted(set(fields) - {"default", "tensors", "limits"})
+    if unknown:
+        raise RecipeError(f"{path}: unknown key '{unknown[0]}'; known: default, tensors, limits")
+    default, tensors = fields.get("default"), fields.get("tensors", {})
+    if not isinstance(default, str):
+        raise RecipeError(f"{path}: 'default' must name a quantization type")
+    if not isinstance(tensors, dict) or not all(isinstance(t, str) for t in tensors.values()):
+        raise RecipeError(f"{path}: [tensors] must map patterns to type names")
+    recipe = Recipe(path.stem, format, default, tuple(tensors.items()), INT4_LIMITS)
+    limits = _read_limits(path, fields.get("limits", {}), _default_limits(recipe._type(default)))
+    return Recipe(recipe.name, format, default, recipe.rules, limits)
+
+
+def _read_limits(path: Path, fields: Any, default: Limits) -> Limits:
+    known = ("mean_kl_nats", "greedy_tokens")
+    if not isinstance(fields, dict) or set(fields) - set(known):
+        raise RecipeError(f"{path}: [limits] has {', '.join(known)} and nothing else")
+    kl, greedy = fields.get(known[0], default.mean_kl_nats), fields.get(known[1], default.greedy_tokens)
+    if isinstance(kl, bool) or not isinstance(kl, int | float) or not kl > 0:
+        raise RecipeError(f"{path}: mean_kl_nats is {kl!r}, but must be a number above 0")
+    if isinstance(greedy, bool) or not isinstance(greedy, int) or greedy < 0:
+        raise RecipeError(f"{path}: greedy_tokens is {greedy!r}, but must be a whole number from 0")
+    return Limits(float(kl), greedy)

@@ -1,0 +1,104 @@
+"""What every runtime gives: a session that turns tokens into logits, and nothing else.
+
+Sampling, stop tokens, streaming and chat are written once above it (generate.py, chat.py). A runtime
+module knows its library; it does not know how an artifact was made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fox_edge.artifact import Artifact
+from fox_edge.errors import FoxEdgeError
+
+Logits = NDArray[np.float32]
+
+# Rows of logits that `score` holds at once: 64 x 256,000 float32 are 66 MB.
+SCORE_CHUNK = 64
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A model opened for one conversation of at most `context` tokens. All logits are float32."""
+
+    context: int
+    vocab_size: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens (at least one) to the cache; logits (vocab,) after the last.
+
+        Raises ContextOverflowError before touching the cache when they do not fit.
+        """
+        ...
+
+    def step(self, token: int) -> Logits:
+        """Append one token; logits (vocab,) after it."""
+        ...
+
+    def score(self, tokens: Sequence[int], start: int = 0) -> Iterator[Logits]:
+        """Logits after each of `tokens[start:]`, tokens being appended: chunks (n, vocab), n <= SCORE_CHUNK."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first `length` cached tokens."""
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; the session is of no use afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a user may choose when opening a session. None: the runtime's own good default."""
+
+    context: int | None = None
+    threads: int | None = None
+
+
+# Artifact format -> "module:class"; the class is constructed with (Artifact, SessionOptions).
+RUNTIMES: dict[str, tuple[str, str]] = {
+    "gguf": ("llama.cpp", "runtimes.llama_cpp:LlamaCppSession"),
+    "onnx": ("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
+}
+
+
+def runtime_name(format: str) -> str:
+    """The runtime that opens an artifact of this format."""
+    return _entry(format)[0]
+
+
+def open_session(artifact: Artifact, options: SessionOptions | None = None) -> Session:
+    """Open an artifact in the runtime of its format; imports that runtime only now.
+
+    Raises MissingPackageError naming the extra, ArtifactError for a damaged model file.
+    """
+    session: Session = load(_entry(artifact.manifest.format)[1])(artifact, options or SessionOptions())
+    return session
+
+
+def load(spec: str) -> Any:
+    """Import 'module:attribute'."""
+    module, attribute = spec.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _entry(format: str) -> tuple[str, str]:
+    if format not in RUNTIMES:
+        raise FoxEdgeError(f"no runtime opens the format '{format}'; known: {', '.join(RUNTIMES)}")
+    return RUNTIMES[format]
