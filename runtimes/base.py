@@ -71,6 +71,50 @@ class SessionOptions:
     threads: int | None = None
 
 
+class ModelFile(Protocol):
+    """What is in an artifact's model file, for verification: read without running the model."""
+
+    def tensor_names(self) -> list[str]:
+        """Hugging Face names of the tensors in the file; a tied matrix appears once, as the embedding."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Logits:
+        """Dequantized rows [start, stop) of a tensor, float32, in the checkpoint's own layout.
+
+        A vector is one row.
+        """
+        ...
+
+    def tie(self) -> str:
+        """One sentence that proves that embedding and head are one byte range.
+
+        Raises VerificationError when the file holds two.
+        """
+        ...
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids as the runtime makes them, without <bos>; `special` recognizes special tokens in the text."""
+        ...
+
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids under 'bos', 'eos', 'pad', 'unk' that the file tells a runtime."""
+        ...
+
+    def chat_template(self) -> str | None:
+        """The chat template that the artifact carries."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+# Artifact format -> "module:class" of its ModelFile; constructed with (Artifact,).
+MODEL_FILES: dict[str, str] = {
+    "gguf": "runtimes.gguf_file:GgufFile",
+    "onnx": "runtimes.onnx_file:OnnxFile",
+}
+
 # Artifact format -> "module:class"; the class is constructed with (Artifact, SessionOptions).
 RUNTIMES: dict[str, tuple[str, str]] = {
     "gguf": ("llama.cpp", "runtimes.llama_cpp:LlamaCppSession"),
@@ -90,6 +134,13 @@ def open_session(artifact: Artifact, options: SessionOptions | None = None) -> S
     """
     session: Session = load(_entry(artifact.manifest.format)[1])(artifact, options or SessionOptions())
     return session
+
+
+def open_model_file(artifact: Artifact) -> ModelFile:
+    """Open an artifact's model file for looking into it; raises ArtifactError for a damaged one."""
+    runtime_name(artifact.manifest.format)
+    file: ModelFile = load(MODEL_FILES[artifact.manifest.format])(artifact)
+    return file
 
 
 def load(spec: str) -> Any:
