@@ -1,0 +1,39 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# PyPI's Linux build of torch brings gigabytes of CUDA. Without an NVIDIA driver, PyTorch's own index of
+# CPU builds is asked too; its versions (2.13.0+cpu) win over PyPI's.
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+endif
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(BIN)/fox-edge demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("fox-edge needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); llama-cpp-python is compiled once, which takes a few minutes."
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_INDEX) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,gguf,dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

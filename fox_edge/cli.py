@@ -1,0 +1,322 @@
+"""The command line: one thin function per verb. The functions behind them are the API.
+
+The only module that knows all the rooms, and it enters each one lazily, so that `--help` is instant.
+Results go to stdout (with `--json`: one JSON document), progress and remarks to stderr.
+Exit status: 0, or 2 for a user's mistake (one sentence), or 1 for a bug (traceback kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fox_edge import __version__
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import Progress, say
+
+if TYPE_CHECKING:
+    from fox_edge.artifact import Artifact
+    from fox_edge.checkpoint import Checkpoint
+
+EXIT_OK, EXIT_BUG, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or EXIT_OK)
+    except FoxEdgeError as error:
+        say(f"fox-edge {args.verb}: {error}")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout left (`| head`); keep Python from complaining again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+# --- verbs ---------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> None:
+    from fox_edge.report_text import export_text
+    from fox_edge.transfer import export_checkpoint
+
+    result = export_checkpoint(
+        _checkpoint(args.checkpoint),
+        Path(args.out),
+        _recipe(args),
+        exporter=_exporter(args.format),
+        verifier=_verifier(args.text),
+        replace=args.replace,
+        threads=args.threads,
+    )
+    _print(args, result, export_text)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from benchmarks.verify import limits_of, verify, verify_text
+    from fox_edge.artifact import Artifact
+
+    artifact = Artifact.open(Path(args.artifact))
+    limits = limits_of(artifact)
+    if args.max_mean_kl is not None:
+        limits = replace(limits, mean_kl_nats=args.max_mean_kl)
+    if args.greedy_tokens is not None:
+        limits = replace(limits, greedy_tokens=args.greedy_tokens)
+    report = verify(artifact, _checkpoint(args.checkpoint), limits, text=_text(args.text), threads=args.threads)
+    _print(args, report, verify_text)
+    return EXIT_OK if report["passed"] else EXIT_MISTAKE
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from fox_edge.inspection import inspect, inspect_text
+
+    _print(args, inspect(args.target, args.context), inspect_text)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from fox_edge.artifact import Artifact
+    from runtimes.base import SessionOptions
+    from runtimes.generate import Sampling
+    from runtimes.terminal import chat_in_terminal
+
+    chat_in_terminal(
+        Artifact.open(Path(args.artifact)),
+        SessionOptions(context=args.context, threads=args.threads),
+        Sampling(temperature=args.temperature, top_p=args.top_p, min_p=args.min_p, seed=args.seed),
+        system=args.system,
+        max_tokens=args.max_tokens,
+        question=args.question,
+    )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from benchmarks.bench import bench, bench_text
+
+    result = bench(
+        args.artifact,
+        prompt_tokens=args.prompt_tokens,
+        decode_tokens=args.decode_tokens,
+        repeats=args.repeats,
+        threads=args.threads,
+        context=args.context,
+    )
+    _print(args, result, bench_text)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from benchmarks.evaluate import evaluate, evaluate_text
+
+    result = evaluate(
+        args.artifact,
+        task=args.task,
+        limit=args.limit,
+        shots=args.shots,
+        data=Path(args.data) if args.data else None,
+        train=Path(args.train) if args.train else None,
+        threads=args.threads,
+    )
+    _print(args, result, evaluate_text)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from fox_edge.doctor import doctor_text, examine
+
+    _print(args, examine(), doctor_text)
+
+
+def _new(args: argparse.Namespace) -> None:
+    from fox_edge.new import new_checkpoint
+
+    with Progress("writing random weights") as progress:
+        checkpoint = new_checkpoint(Path(args.folder), args.shape, args.seed, progress=progress.update)
+    parameters = checkpoint.config.num_parameters()
+    result = {"checkpoint": str(checkpoint.path), "shape": args.shape, "seed": args.seed, "parameters": parameters}
+    _print(args, result, lambda r: f"{r['checkpoint']}: {r['parameters']:,} random weights of the shape {r['shape']}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from benchmarks.demo import demo
+
+    demo(Path(args.out), checkpoint=args.checkpoint, problems=args.problems)
+
+
+# --- what the verbs share --------------------------------------------------------------------------------
+
+
+def _checkpoint(name: str) -> Checkpoint:
+    """Open a checkpoint and pass on what it has to remark."""
+    from fox_edge.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(name)
+    checkpoint.tokenizer()
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    return checkpoint
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from dataclasses import replace
+
+    from fox_edge.quant import find_recipe
+
+    recipe = find_recipe(args.format, args.quant)
+    limits = recipe.limits
+    if args.max_mean_kl is not None:
+        limits = replace(limits, mean_kl_nats=args.max_mean_kl)
+    if args.greedy_tokens is not None:
+        limits = replace(limits, greedy_tokens=args.greedy_tokens)
+    return replace(recipe, limits=limits)
+
+
+def _exporter(format: str) -> Callable[..., Artifact]:
+    if format == "gguf":
+        from export.gguf import export_gguf
+
+        return export_gguf
+    from export.onnx import export_onnx
+
+    return export_onnx
+
+
+def _verifier(text: str | None) -> Callable[..., dict[str, Any]]:
+    from functools import partial
+
+    from benchmarks.verify import verify
+
+    return partial(verify, text=_text(text))
+
+
+def _text(path: str | None) -> str | None:
+    """The user's own text to compare logits on, or None for the built-in one."""
+    if path is None:
+        return None
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FoxEdgeError(f"{path}: not readable as UTF-8 text ({error})") from None
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(result, ensure_ascii=False) if args.json else render(result), flush=True)
+
+
+# --- the grammar -------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse that answers a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise SystemExit(EXIT_MISTAKE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fox-edge", description="Take a Fox-1 checkpoint to laptops and phones, and prove it got there.")
+    parser.add_argument("--version", action="version", version=f"fox-edge {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        return sub
+
+    export = verb("export", _export, "write a verified GGUF or ONNX model from a checkpoint")
+    export.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
+    export.add_argument("out", help="folder to create")
+    export.add_argument("--format", choices=("gguf", "onnx"), required=True)
+    export.add_argument("--quant", default="int4", help="int8, int4, a type's name, or a recipe.toml (default: int4)")
+    export.add_argument("--replace", action="store_true", help="replace an artifact that exists under this name")
+    _verification(export)
+    _threads(export)
+
+    verify = verb("verify", _verify, "check that an artifact is still the model it was made from")
+    verify.add_argument("artifact")
+    verify.add_argument("--checkpoint", required=True, help="the checkpoint it was exported from")
+    _verification(verify)
+    _threads(verify)
+
+    inspect = verb("inspect", _inspect, "show what is in a checkpoint or artifact, and the memory it will take")
+    inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
+    inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
+
+    chat = verb("chat", _chat, "talk to an artifact in the terminal")
+    chat.add_argument("artifact")
+    chat.add_argument("question", nargs="?", help="ask this, print the answer and leave")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    chat.add_argument("--top-p", type=float, default=1.0)
+    chat.add_argument("--min-p", type=float, default=0.0)
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--max-tokens", type=_positive, default=512)
+    _context(chat)
+    _threads(chat)
+
+    bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
+    bench.add_argument("artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model")
+    bench.add_argument("--prompt-tokens", type=_positive, default=234)
+    bench.add_argument("--decode-tokens", type=_positive, default=64)
+    bench.add_argument("--repeats", type=_positive, default=3)
+    _context(bench)
+    _threads(bench)
+
+    evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
+    evaluate.add_argument("artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model")
+    evaluate.add_argument("--task", default="gsm8k", help="gsm8k (5-shot) or word-problems (0-shot chat)")
+    evaluate.add_argument("--limit", type=_positive, default=50, help="problems to ask (default: 50)")
+    evaluate.add_argument("--shots", type=int, default=5, help="worked examples before each GSM8K question")
+    evaluate.add_argument("--data", help="GSM8K test.jsonl; without it, the hub is asked")
+    evaluate.add_argument("--train", help="GSM8K train.jsonl, for the worked examples")
+    _threads(evaluate)
+
+    verb("doctor", _doctor, "tell which runtimes work here, and how to add the others")
+
+    new = verb("new", _new, "write a random checkpoint of a real shape, to rehearse with")
+    new.add_argument("folder")
+    new.add_argument("--shape", default="fox-1-1.6b", help="fox-1-1.6b (default) or nano")
+    new.add_argument("--seed", type=int, default=0)
+
+    demo = verb("demo", _demo, "export, verify, measure and question the embedded model, four ways")
+    demo.add_argument("--checkpoint", default="nano")
+    demo.add_argument("--out", default="out", help="folder for the artifacts and the report (default: out)")
+    demo.add_argument("--problems", type=_positive, default=50, help="word problems to ask each model")
+    return parser
+
+
+def _verification(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-mean-kl", type=float, help="nats; default: the recipe's (int8 0.005, int4 0.1)")
+    parser.add_argument("--greedy-tokens", type=int, help="tokens of greedy text that must agree (int8: 32)")
+    parser.add_argument("--text", help="UTF-8 file to compare logits on (default: built-in word problems)")
+
+
+def _threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, help="default: the processors this process may use")
+
+
+def _context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=_positive, help="tokens of context to open")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
