@@ -170,6 +170,41 @@ class Artifact:
                 yield name
 
 
+def export_summary(artifact: Artifact, seconds: float, peak_rss_bytes: int) -> dict[str, Any]:
+    """What `export` prints. `seconds` and `peak_rss_bytes` are the export's own, without verification."""
+    manifest, verification = artifact.manifest, artifact.manifest.verification or {}
+    return {
+        "artifact": str(artifact.path),
+        "format": manifest.format,
+        "quant": manifest.quant,
+        "bytes": artifact.total_bytes(),
+        "bits_per_weight": manifest.bits_per_weight,
+        "tied_copies": 1 if manifest.tied else None,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes,
+        "verify_seconds": verification.get("seconds"),
+        "mean_kl_nats": verification.get("mean_kl_nats"),
+        "top1_agreement_percent": verification.get("top1_agreement_percent"),
+        "notes": list(manifest.notes),
+    }
+
+
+def export_text(result: dict[str, Any]) -> str:
+    """The summary as lines for a person."""
+    tied = ", embedding and head one matrix" if result["tied_copies"] == 1 else ""
+    lines = [f"note: {note}" for note in result["notes"]]
+    lines.append(
+        f"{result['artifact']}: {result['format']} {result['quant']}, {result['bytes'] / 1e6:,.1f} MB, "
+        f"{result['bits_per_weight']:.2f} bits per weight{tied}"
+    )
+    lines.append(
+        f"written in {result['seconds']:.1f} s at a peak of {result['peak_rss_bytes'] / 1e6:,.0f} MB; "
+        f"verified in {result['verify_seconds']:.1f} s: mean KL {result['mean_kl_nats']:.2g} nats, "
+        f"top-1 agreement {result['top1_agreement_percent']:.1f} %"
+    )
+    return "\n".join(lines)
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
@@ -222,9 +257,7 @@ class ArtifactWriter:
         """Refuse at once what the disk cannot hold."""
         free = shutil.disk_usage(self.folder).free
         if size_bytes > free:
-            raise ArtifactError(
-                f"{self.target}: needs {size_bytes} bytes, but only {free} are free on that disk"
-            )
+            raise ArtifactError(f"{self.target}: needs {size_bytes} bytes, but that disk has {free} free")
 
     def commit(self, manifest: Manifest) -> Artifact:
         """Hash and flush every file, write the manifest last, rename the folder to the target."""
@@ -240,7 +273,7 @@ class ArtifactWriter:
         return Artifact(self.target, final)
 
     def _rename(self) -> None:
-        """Move the finished folder into place; an old artifact is moved aside first and restored on failure."""
+        """Move the finished folder into place; an old artifact steps aside and comes back on failure."""
         old = None
         if self.target.exists():
             old = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.old"

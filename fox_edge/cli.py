@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -47,19 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from fox_edge.report_text import export_text
-    from fox_edge.transfer import export_checkpoint
+    from benchmarks.verify import Verifier
+    from fox_edge.artifact import export_summary, export_text
 
-    result = export_checkpoint(
-        _checkpoint(args.checkpoint),
-        Path(args.out),
-        _recipe(args),
-        exporter=_exporter(args.format),
-        verifier=_verifier(args.text),
-        replace=args.replace,
-        threads=args.threads,
-    )
-    _print(args, result, export_text)
+    recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
+    verifier = Verifier(checkpoint, recipe.limits, Path(args.out), text=text, threads=args.threads)
+    start = time.monotonic()
+    with Progress(f"exporting {args.format} {recipe.name}") as progress:
+        artifact = _exporter(args.format)(
+            checkpoint,
+            Path(args.out),
+            recipe,
+            replace=args.replace,
+            threads=args.threads,
+            progress=progress.update,
+            verify=verifier,
+        )
+    seconds = time.monotonic() - start - verifier.seconds
+    _print(args, export_summary(artifact, seconds, verifier.peak_rss_before_bytes), export_text)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -74,7 +80,9 @@ def _verify(args: argparse.Namespace) -> int:
         limits = replace(limits, mean_kl_nats=args.max_mean_kl)
     if args.greedy_tokens is not None:
         limits = replace(limits, greedy_tokens=args.greedy_tokens)
-    report = verify(artifact, _checkpoint(args.checkpoint), limits, text=_text(args.text), threads=args.threads)
+    report = verify(
+        artifact, _checkpoint(args.checkpoint), limits, text=_text(args.text), threads=args.threads
+    )
     _print(args, report, verify_text)
     return EXIT_OK if report["passed"] else EXIT_MISTAKE
 
@@ -86,10 +94,11 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    from runtimes.terminal import chat_in_terminal
+
     from fox_edge.artifact import Artifact
     from runtimes.base import SessionOptions
     from runtimes.generate import Sampling
-    from runtimes.terminal import chat_in_terminal
 
     chat_in_terminal(
         Artifact.open(Path(args.artifact)),
@@ -142,8 +151,17 @@ def _new(args: argparse.Namespace) -> None:
     with Progress("writing random weights") as progress:
         checkpoint = new_checkpoint(Path(args.folder), args.shape, args.seed, progress=progress.update)
     parameters = checkpoint.config.num_parameters()
-    result = {"checkpoint": str(checkpoint.path), "shape": args.shape, "seed": args.seed, "parameters": parameters}
-    _print(args, result, lambda r: f"{r['checkpoint']}: {r['parameters']:,} random weights of the shape {r['shape']}")
+    result = {
+        "checkpoint": str(checkpoint.path),
+        "shape": args.shape,
+        "seed": args.seed,
+        "parameters": parameters,
+    }
+    _print(
+        args,
+        result,
+        lambda r: f"{r['checkpoint']}: {r['parameters']:,} random weights of the shape {r['shape']}",
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -190,14 +208,6 @@ def _exporter(format: str) -> Callable[..., Artifact]:
     return export_onnx
 
 
-def _verifier(text: str | None) -> Callable[..., dict[str, Any]]:
-    from functools import partial
-
-    from benchmarks.verify import verify
-
-    return partial(verify, text=_text(text))
-
-
 def _text(path: str | None) -> str | None:
     """The user's own text to compare logits on, or None for the built-in one."""
     if path is None:
@@ -225,11 +235,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fox-edge", description="Take a Fox-1 checkpoint to laptops and phones, and prove it got there.")
+    parser = _Parser(
+        prog="fox-edge", description="Take a Fox-1 checkpoint to laptops and phones, and prove it got there."
+    )
     parser.add_argument("--version", action="version", version=f"fox-edge {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int | None], help: str
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
@@ -239,8 +253,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
     export.add_argument("out", help="folder to create")
     export.add_argument("--format", choices=("gguf", "onnx"), required=True)
-    export.add_argument("--quant", default="int4", help="int8, int4, a type's name, or a recipe.toml (default: int4)")
-    export.add_argument("--replace", action="store_true", help="replace an artifact that exists under this name")
+    export.add_argument(
+        "--quant", default="int4", help="int8, int4, a type's name, or a recipe.toml (default: int4)"
+    )
+    export.add_argument(
+        "--replace", action="store_true", help="replace an artifact that exists under this name"
+    )
     _verification(export)
     _threads(export)
 
@@ -250,7 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     _verification(verify)
     _threads(verify)
 
-    inspect = verb("inspect", _inspect, "show what is in a checkpoint or artifact, and the memory it will take")
+    inspect = verb(
+        "inspect", _inspect, "show what is in a checkpoint or artifact, and the memory it will take"
+    )
     inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
     inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
 
@@ -258,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("artifact")
     chat.add_argument("question", nargs="?", help="ask this, print the answer and leave")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"
+    )
     chat.add_argument("--top-p", type=float, default=1.0)
     chat.add_argument("--min-p", type=float, default=0.0)
     chat.add_argument("--seed", type=int, default=0)
@@ -267,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
     _threads(chat)
 
     bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
-    bench.add_argument("artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model")
+    bench.add_argument(
+        "artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model"
+    )
     bench.add_argument("--prompt-tokens", type=_positive, default=234)
     bench.add_argument("--decode-tokens", type=_positive, default=64)
     bench.add_argument("--repeats", type=_positive, default=3)
@@ -275,7 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     _threads(bench)
 
     evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
-    evaluate.add_argument("artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model")
+    evaluate.add_argument(
+        "artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model"
+    )
     evaluate.add_argument("--task", default="gsm8k", help="gsm8k (5-shot) or word-problems (0-shot chat)")
     evaluate.add_argument("--limit", type=_positive, default=50, help="problems to ask (default: 50)")
     evaluate.add_argument("--shots", type=int, default=5, help="worked examples before each GSM8K question")
@@ -298,7 +324,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verification(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-mean-kl", type=float, help="nats; default: the recipe's (int8 0.005, int4 0.1)")
+    parser.add_argument(
+        "--max-mean-kl", type=float, help="nats; default: the recipe's (int8 0.005, int4 0.1)"
+    )
     parser.add_argument("--greedy-tokens", type=int, help="tokens of greedy text that must agree (int8: 32)")
     parser.add_argument("--text", help="UTF-8 file to compare logits on (default: built-in word problems)")
 

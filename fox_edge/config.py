@@ -52,12 +52,10 @@ class FoxConfig:
                     f"config.json: {name} is {value!r}, but must be an integer from 1 to {MAX_DIMENSION}"
                 )
         if self.num_layers > MAX_LAYERS:
-            raise CheckpointError(
-                f"config.json: {self.num_layers} layers; at most {MAX_LAYERS} are supported"
-            )
+            raise CheckpointError(f"config.json: {self.num_layers} layers, but at most {MAX_LAYERS} are read")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"config.json: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly"
+                f"config.json: {self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly"
             )
         if self.head_dim % 2:
             raise CheckpointError(
@@ -65,7 +63,7 @@ class FoxConfig:
             )
         if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
             raise CheckpointError(
-                f"config.json: rms_norm_eps {self.rms_norm_eps} and rope_theta {self.rope_theta} must be positive"
+                f"config.json: rms_norm_eps {self.rms_norm_eps}, rope_theta {self.rope_theta}: must be above 0"
             )
 
     @classmethod
@@ -146,7 +144,7 @@ class FoxConfig:
         model_type = fields.get("model_type")
         if model_type != "llama":
             raise CheckpointError(
-                f"config.json: model_type is {model_type!r}, but fox-edge exports the 'llama' architecture of Fox-1"
+                f"config.json: model_type is {model_type!r}, but fox-edge reads Fox-1's, 'llama'"
             )
         for name, harmless in _MUST_BE.items():
             if fields.get(name, harmless[0]) not in harmless:
@@ -166,7 +164,7 @@ class FoxConfig:
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
             raise CheckpointError(
-                f"config.json: num_attention_heads {heads!r} and hidden_size {hidden!r} must be integers from 1"
+                f"config.json: num_attention_heads {heads!r}, hidden_size {hidden!r}: not integers from 1"
             )
         kv_heads = fields.get("num_key_value_heads")
         head_dim = fields.get("head_dim")

@@ -16,7 +16,7 @@ from fox_edge.errors import ContextOverflowError
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, all layers, preallocated: (layers, B, K, S, D)."""
+    """Keys and values of the positions seen so far, preallocated: (layers, B, K, S, D) each."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class KVCache:
         positions = config.max_positions if positions is None else positions
         if not 0 < positions <= config.max_positions:
             raise ContextOverflowError(
-                f"a context of {positions} positions was asked for; this model has 1 to {config.max_positions}"
+                f"a context of {positions} positions was asked for, but 1 to {config.max_positions} exist"
             )
         shape = (config.num_layers, batch, config.num_kv_heads, positions, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)

@@ -162,16 +162,15 @@ class Recipe:
         for pattern, _ in self.rules:
             # A rule about the head is for untied models; it is no mistake in a recipe that serves both.
             if pattern != HEAD and not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
-                raise RecipeError(
-                    f"recipe {self.name}: the rule '{pattern}' names none of the {len(shapes)} tensors"
-                )
+                raise RecipeError(f"recipe {self.name}: '{pattern}' names none of {len(shapes)} tensors")
         return {name: self._assign(name, shape) for name, shape in shapes.items()}
 
     def _type(self, name: str) -> QuantType:
         found = TYPES.get((self.format, name))
         if found is None:
             raise RecipeError(
-                f"recipe {self.name}: unknown {self.format} type '{name}'; known: {', '.join(type_names(self.format))}"
+                f"recipe {self.name}: unknown {self.format} type '{name}'; "
+                f"known: {', '.join(type_names(self.format))}"
             )
         return found
 
@@ -239,7 +238,8 @@ def find_recipe(format: str, quant: str) -> Recipe:
         return Recipe(quant, format, quant, (), _default_limits(TYPES[format, quant]))
     presets = [name for f, name in PRESETS if f == format]
     raise RecipeError(
-        f"unknown {format} quantization '{quant}'; known: {', '.join(presets + type_names(format))}, or a recipe.toml"
+        f"unknown {format} quantization '{quant}'; known: {', '.join(presets + type_names(format))}, "
+        "or a recipe.toml"
     )
 
 

@@ -47,7 +47,7 @@ class Session(Protocol):
         ...
 
     def score(self, tokens: Sequence[int], start: int = 0) -> Iterator[Logits]:
-        """Logits after each of `tokens[start:]`, tokens being appended: chunks (n, vocab), n <= SCORE_CHUNK."""
+        """Append tokens; logits after each of `tokens[start:]` in chunks (n, vocab), n <= SCORE_CHUNK."""
         ...
 
     def truncate(self, length: int) -> None:
@@ -93,7 +93,7 @@ class ModelFile(Protocol):
         ...
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Token ids as the runtime makes them, without <bos>; `special` recognizes special tokens in the text."""
+        """Token ids as the runtime makes them, without <bos>; `special`: special tokens are recognized."""
         ...
 
     def special_ids(self) -> dict[str, int | None]:

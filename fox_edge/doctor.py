@@ -1,0 +1,91 @@
+"""Which runtimes work on this machine, and the one line that adds each of the others."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One runtime or tool: whether it imports, its version, and what to do when it does not."""
+
+    name: str
+    works: bool
+    version: str | None
+    detail: str
+
+
+# (what it is for, import names that must all work, the extra that brings them)
+_WANTED: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
+    ("torch (reference)", ("torch",), None),
+    ("gguf export, llama.cpp runtime", ("gguf", "llama_cpp"), "gguf"),
+    ("onnx export, onnxruntime runtime", ("onnx", "onnxruntime"), "onnx"),
+    ("optimum (reads ONNX artifacts)", ("optimum.onnxruntime",), "optimum"),
+)
+
+
+def examine() -> dict[str, Any]:
+    """Try every runtime; keys: machine, findings[].name .works .version .detail."""
+    return {
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "processors": _processors(),
+        },
+        "findings": [asdict(_try(*wanted)) for wanted in _WANTED] + [asdict(_cuda())],
+    }
+
+
+def doctor_text(result: dict[str, Any]) -> str:
+    """The findings as lines for a person."""
+    machine = result["machine"]
+    lines = [f"{machine['system']}, Python {machine['python']}, {machine['processors']} processors"]
+    for finding in result["findings"]:
+        mark = "ok     " if finding["works"] else "missing"
+        lines.append(
+            f"{mark} {finding['name']:<34} {finding['version'] or '':<24} {finding['detail']}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _try(name: str, modules: tuple[str, ...], extra: str | None) -> Finding:
+    versions = []
+    for module in modules:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            add = f"pip install 'fox-edge[{extra}]'" if extra else "pip install torch"
+            return Finding(name, False, None, f"{error}; add it with: {add}")
+        except Exception as error:  # a broken native library can raise anything; that is what a doctor is for
+            return Finding(name, False, None, f"{module} is installed but does not load: {error}")
+        versions.append(f"{module.split('.')[0]} {getattr(found, '__version__', None) or _version(module)}")
+    return Finding(name, True, ", ".join(versions), "")
+
+
+def _cuda() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("CUDA", False, None, "needs torch")
+    if not torch.cuda.is_available():
+        return Finding("CUDA", False, None, "torch sees no NVIDIA GPU; everything runs on the CPU")
+    return Finding("CUDA", True, torch.version.cuda, torch.cuda.get_device_name(0))
+
+
+def _version(module: str) -> str:
+    try:
+        return importlib.metadata.version(module.split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _processors() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,133 @@
+"""What is in a checkpoint or an artifact, what is tied, and what memory it will take.
+
+Reads headers and manifests only, never weights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fox_edge.artifact import MANIFEST, Artifact
+from fox_edge.config import FoxConfig
+from fox_edge.errors import FoxEdgeError
+
+# Bytes of one cached number: llama.cpp keeps float16, ONNX Runtime float32, torch the weights' bfloat16.
+_KV_BYTES = {"gguf": 2, "onnx": 4, "checkpoint": 2}
+
+
+def inspect(target: str, context: int | None = None) -> dict[str, Any]:
+    """Contents and memory of a checkpoint ('nano', folder, hub id) or an artifact folder.
+
+    Keys: parameters bytes tied tensors[].name .shape .type .bytes memory.weights_bytes .kv_bytes
+    .total_bytes.
+    Raises FoxEdgeError when the context is longer than the model's.
+    """
+    path = Path(target)
+    result = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(target)
+    config: FoxConfig = result.pop("config")
+    context = config.max_positions if context is None else context
+    if context > config.max_positions:
+        raise FoxEdgeError(
+            f"{target}: a context of {context} was asked for, but the model has {config.max_positions}"
+        )
+    kv = 2 * config.num_layers * config.kv_dim * context * _KV_BYTES[result["format"]]
+    weights = sum(t["bytes"] for t in result["tensors"])
+    result["memory"] = {
+        "context": context,
+        "weights_bytes": weights,
+        "kv_bytes": kv,
+        "total_bytes": weights + kv,
+    }
+    return result
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    verification = manifest.verification or {}
+    return {
+        "target": str(path),
+        "format": manifest.format,
+        "quant": manifest.quant,
+        "config": FoxConfig.read(path / "config.json"),
+        "parameters": manifest.parameters,
+        "bytes": artifact.total_bytes(),
+        "bits_per_weight": manifest.bits_per_weight,
+        "tied": manifest.tied,
+        "verified": verification.get("passed"),
+        "mean_kl_nats": verification.get("mean_kl_nats"),
+        "notes": list(manifest.notes),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.bytes, "reason": t.reason}
+            for t in manifest.tensors
+        ],
+    }
+
+
+def _checkpoint(target: str) -> dict[str, Any]:
+    from fox_edge.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(target)
+    checkpoint.tokenizer()
+    tensors = []
+    for name, shape in checkpoint.shapes().items():
+        dtype = checkpoint.dtype(name)
+        kind = str(dtype).removeprefix("torch.")
+        tensors.append(
+            {"name": name, "shape": list(shape), "type": kind, "bytes": math.prod(shape) * dtype.itemsize}
+        )
+    size = sum(t["bytes"] for t in tensors)
+    parameters = checkpoint.config.num_parameters()
+    return {
+        "target": target,
+        "format": "checkpoint",
+        "quant": None,
+        "config": checkpoint.config,
+        "parameters": parameters,
+        "bytes": size,
+        "bits_per_weight": 8 * size / parameters,
+        "tied": checkpoint.config.tied,
+        "notes": list(checkpoint.notes),
+        "tensors": tensors,
+    }
+
+
+def inspect_text(result: dict[str, Any]) -> str:
+    """The result as lines for a person: a summary, then types by their share of the bytes, then memory."""
+    lines = [
+        f"{result['target']}: {result['format']}" + (f" {result['quant']}" if result["quant"] else ""),
+        f"{result['parameters']:,} parameters, {megabytes(result['bytes'])}, "
+        f"{result['bits_per_weight']:.2f} bits per weight",
+        "embedding and head are " + ("one matrix (tied)" if result["tied"] else "two matrices (not tied)"),
+    ]
+    if "verified" in result:
+        lines.append("verified against its checkpoint" if result["verified"] else "NOT verified")
+    lines += [f"note: {note}" for note in result["notes"]]
+    lines += ["", *_tensor_lines(result["tensors"]), ""]
+    memory = result["memory"]
+    lines.append(
+        f"memory at {memory['context']} tokens: weights {megabytes(memory['weights_bytes'])} + "
+        f"KV cache {megabytes(memory['kv_bytes'])} = {megabytes(memory['total_bytes'])}, plus buffers"
+    )
+    return "\n".join(lines)
+
+
+def _tensor_lines(tensors: list[dict[str, Any]]) -> list[str]:
+    """Tensors of the same kind in every layer share a line."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for t in tensors:
+        name = ".".join("*" if part.isdigit() else part for part in t["name"].split("."))
+        groups.setdefault((name, t["type"], tuple(t["shape"])), []).append(t["bytes"])
+    return [
+        f"  {len(sizes):>4} x {name:<48} "
+        f"{' x '.join(map(str, shape)):<14} {kind:<9} {megabytes(sum(sizes)):>10}"
+        for (name, kind, shape), sizes in groups.items()
+    ]
+
+
+def megabytes(size_bytes: int) -> str:
+    """Bytes as MB (10^6), with a decimal below 100."""
+    size = size_bytes / 1e6
+    return f"{size:,.0f} MB" if size >= 100 else f"{size:.1f} MB"
