@@ -15,8 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fox_edge.artifact import MANIFEST, Artifact, ArtifactWriter, Manifest, TensorRecord
 from fox_edge.checkpoint import Checkpoint
+
+from fox_edge.artifact import MANIFEST, Artifact, ArtifactWriter, Manifest, TensorRecord
 from fox_edge.quant import EMBEDDING, Assignment, Recipe
 
 # done bytes, total bytes: of the checkpoint's weights as they are read.
@@ -156,8 +157,8 @@ def model_card(checkpoint: Checkpoint, manifest: Manifest) -> str:
     blocks = [
         "\n".join(["---", *front, "---"]),
         title,
-        f"Exported by fox-edge {manifest.versions.get('fox-edge', '?')}. The folder describes itself: "
-        f"`{MANIFEST}` lists every tensor with its type, the checkpoint's digest, and the sha256 of each file.",
+        f"Exported by fox-edge {manifest.versions.get('fox-edge', '?')}. `{MANIFEST}` lists every tensor "
+        "with its type, the digest of the checkpoint, and the sha256 of each file.",
         _facts_table(manifest),
     ]
     if manifest.verification is not None:
