@@ -1,0 +1,124 @@
+"""The reference model as a session: a checkpoint run by PyTorch, on the CPU or on CUDA alike.
+
+Knows torch and the reference model. Does not know artifacts: it opens a checkpoint, as the thing that
+exports are compared with, and as a runtime of its own (bfloat16) in the benchmark.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fox_edge.errors import ContextOverflowError, FoxEdgeError
+from fox_edge.model import Fox, KVCache
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
+
+if TYPE_CHECKING:
+    from fox_edge.checkpoint import Checkpoint
+
+# Tokens of a prompt that run at once: bounds the attention mask and activations, costs no speed.
+PREFILL_CHUNK = 512
+
+
+class TorchSession:
+    """One conversation with the reference model; see `runtimes.base.Session`.
+
+    `dtype` is that of weights and KV cache (float32 or bfloat16); logits are always float32 numpy.
+    Raises ContextOverflowError when more positions are asked for than the model has.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        options: SessionOptions | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+    ) -> None:
+        options = options or SessionOptions()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        config = source.config
+        self.context = config.max_positions if options.context is None else options.context
+        self.vocab_size = config.vocab_size
+        # The cache first: a context that is too long is refused before gigabytes are read.
+        self._cache = KVCache(config, positions=self.context, dtype=dtype, device=_device(device))
+        self._device = self._cache.keys.device
+        self._model: Fox | None = source.load_model(dtype=dtype, device=device).eval()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return self._cache.length
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens to the cache in chunks; logits (vocab,) after the last, the only row computed."""
+        (hidden,) = deque(self._run(tokens, PREFILL_CHUNK), maxlen=1)
+        return self._logits(hidden[-1])
+
+    def step(self, token: int) -> Logits:
+        """Append one token; logits (vocab,) after it."""
+        return self.prefill((token,))
+
+    def score(self, tokens: Sequence[int], start: int = 0) -> Iterator[Logits]:
+        """Logits after each of `tokens[start:]`: chunks (n, vocab), n <= SCORE_CHUNK."""
+        done = 0
+        for hidden in self._run(tokens, SCORE_CHUNK):
+            wanted = hidden[max(0, start - done) :]
+            done += hidden.shape[0]
+            if wanted.shape[0]:
+                yield self._logits(wanted)
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first `length` cached tokens."""
+        self._cache.truncate(max(0, length))
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._cache.truncate(0)
+
+    def close(self) -> None:
+        """Free weights and cache."""
+        self._model = None
+        self._cache.keys = self._cache.values = torch.empty(0)
+
+    def _run(self, tokens: Sequence[int], chunk: int) -> Iterator[Tensor]:
+        """Final hidden states (n, C), n <= chunk, of the tokens in order; all checks come before any work."""
+        if self._model is None:
+            raise FoxEdgeError("this session is closed")
+        if not len(tokens):
+            raise FoxEdgeError("a model needs at least one token to go on from")
+        if self.length + len(tokens) > self.context:
+            raise ContextOverflowError(
+                f"{self.length} tokens and {len(tokens)} more do not fit a context of {self.context}"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise FoxEdgeError(
+                f"token ids {min(tokens)} to {max(tokens)} are not all in a vocabulary of {self.vocab_size}"
+            )
+        ids = torch.tensor(list(tokens), dtype=torch.long, device=self._device)[None]
+        for first in range(0, len(tokens), chunk):
+            with torch.inference_mode():
+                hidden = self._model.hidden(ids[:, first : first + chunk], self._cache)[0]
+            yield hidden
+
+    def _logits(self, hidden: Tensor) -> Logits:
+        """Hidden states (..., C) -> float32 numpy logits (..., V)."""
+        assert self._model is not None
+        with torch.inference_mode():
+            logits = self._model.logits(hidden).float().cpu().numpy()
+        return np.ascontiguousarray(logits)
+
+
+def _device(name: str) -> torch.device:
+    """The torch device of this name; raises FoxEdgeError when there is none here."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FoxEdgeError(f"device '{name}' was asked for, but PyTorch sees no CUDA device here")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise FoxEdgeError(f"unknown device '{name}'; known: cpu, cuda") from None
