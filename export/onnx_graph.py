@@ -1,0 +1,274 @@
+"""The Fox graph that ONNX Runtime runs: a configuration and a layout in, a ModelProto without weights out.
+
+Built node by node rather than traced: every operator below (MatMulNBits, GatherBlockQuantized,
+GroupQueryAttention, the fused norms) is ONNX Runtime's own and would have to be written by name for a tracer
+too, and what a tracer adds around them changes with its version. Tests hold the graph to the reference model,
+logit by logit, so the two cannot drift apart. Knows operators and names; no weight's value and no file but
+the name of the data file.
+
+    inputs   input_ids (batch, sequence) int64
+             attention_mask (batch, past + sequence) int64, 1 for every token so far
+             past_key_values.N.key / .value (batch, kv_heads, past, head_dim) float32
+             logits_to_keep int64 scalar, optional (default 1): logits of this many last positions; 0: of all
+    outputs  logits (batch, kept, vocab) float32
+             present.N.key / .value (batch, kv_heads, past + sequence, head_dim) float32
+
+When a caller binds present.N to the buffer of past_key_values.N, that buffer is as long as the longest
+context, attention runs in place, and only attention_mask says how much of it is in use.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import fox_edge
+from export.onnx_layout import COS, SIN, Layout, Matrix, Range
+from fox_edge.config import FoxConfig
+from fox_edge.quant import EMBEDDING, HEAD
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+# MatMulNBits: 4 lets it quantize its input to int8 row by row, which more than doubles its speed.
+INT8_ACTIVATIONS = 4
+INT64_MAX = 2**63 - 1
+
+_ELEMENT = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+
+
+def build_graph(config: FoxConfig, layout: Layout, data_file: str) -> onnx.ModelProto:
+    """The whole model; its initializers name ranges of `data_file`, a plain file name beside the model."""
+    return _Graph(config, layout, data_file).build()
+
+
+class _Graph:
+    """Collects nodes and initializers; every method that adds operators returns the name of their result."""
+
+    def __init__(self, config: FoxConfig, layout: Layout, data_file: str) -> None:
+        self.config, self.layout, self.data_file = config, layout, data_file
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def build(self) -> onnx.ModelProto:
+        """Add every operator in the order of a forward pass."""
+        config = self.config
+        used, total = self.lengths()
+        x = self.embed("input_ids")
+        h = self.node(
+            "SimplifiedLayerNormalization",
+            [x, self.norm("model.layers.0.input_layernorm.weight")],
+            "model.layers.0.input_layernorm",
+            domain="",
+            axis=-1,
+            epsilon=config.rms_norm_eps,
+            stash_type=1,
+        )
+        for n in range(config.num_layers):
+            layer = f"model.layers.{n}"
+            h = self.attention(f"{layer}.self_attn", n, h, used, total)
+            h, x = self.add_and_norm(x, h, f"{layer}.post_attention_layernorm")
+            h = self.feed_forward(f"{layer}.mlp", h)
+            last = n + 1 == config.num_layers
+            h, x = self.add_and_norm(
+                x, h, "model.norm" if last else f"model.layers.{n + 1}.input_layernorm", last
+            )
+        self.head(self.keep_last(h))
+        return self.model()
+
+    def node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        domain: str = CONTRIB,
+        out: str = "",
+        **attributes: object,
+    ) -> str:
+        """One operator with one output, called `out` or after the node."""
+        result = out or f"{name}.out"
+        self.nodes.append(helper.make_node(op, inputs, [result], name=name, domain=domain, **attributes))
+        return result
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A small initializer kept inside the model file."""
+        self.initializers.setdefault(name, numpy_helper.from_array(value, name))
+        return name
+
+    def stored(self, at: Range, name: str = "", shape: tuple[int, ...] = ()) -> str:
+        """An initializer that names a range of the data file, under another name and shape if given."""
+        name = name or at.name
+        tensor = TensorProto(name=name, data_type=_ELEMENT[at.dtype], dims=shape or at.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (
+            ("location", self.data_file),
+            ("offset", str(at.offset)),
+            ("length", str(at.nbytes)),
+        ):
+            tensor.external_data.add(key=key, value=value)
+        self.initializers.setdefault(name, tensor)
+        return name
+
+    def norm(self, name: str) -> str:
+        """A norm's weights."""
+        return self.stored(self.layout.vectors[name])
+
+    def lengths(self) -> tuple[str, str]:
+        """What GroupQueryAttention wants to know: last position in use (batch,), and the mask's length, int32."""
+        one = self.constant("one", np.array([1], np.int64))
+        used = self.node(
+            "ReduceSum", ["attention_mask", one], "lengths/used", "", keepdims=0
+        )  # over axis 1 = `one`
+        used = self.node("Sub", [used, one], "lengths/last", "")
+        used = self.node("Cast", [used], "lengths/seqlens_k", "", to=TensorProto.INT32)
+        total = self.node("Shape", ["attention_mask"], "lengths/shape", "", start=1, end=2)
+        total = self.node("Squeeze", [total], "lengths/scalar", "")
+        return used, self.node("Cast", [total], "lengths/total", "", to=TensorProto.INT32)
+
+    def embed(self, tokens: str) -> str:
+        """(batch, sequence) -> (batch, sequence, C)."""
+        matrix = self.layout.matrices[EMBEDDING]
+        if matrix.scales is None:
+            return self.node("Gather", [self.stored(matrix.weight), tokens], "model.embed_tokens", "", axis=0)
+        # Flat rows here, blocks in the head: two names and shapes for one byte range. (A Reshape between the
+        # two would be folded into a second copy when the session loads.)
+        rows, blocks, blob = matrix.weight.shape
+        inputs = [self.stored(matrix.weight, shape=(rows, blocks * blob)), tokens, self.stored(matrix.scales)]
+        if matrix.zero_points is not None:
+            inputs.append(self.stored(matrix.zero_points))
+        return self.node(
+            "GatherBlockQuantized",
+            inputs,
+            "model.embed_tokens",
+            bits=matrix.type.bits,
+            block_size=matrix.type.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def linear(self, x: str, matrix: Matrix, name: str, weight: str = "", out: str = "") -> str:
+        """x (..., columns) times the transposed matrix -> (..., rows)."""
+        if matrix.scales is None:
+            return self.node("FusedMatMul", [x, self.stored(matrix.weight)], name, transB=1, out=out)
+        inputs = [x, self.stored(matrix.weight, weight), self.stored(matrix.scales)]
+        if matrix.zero_points is not None:
+            inputs.append(self.stored(matrix.zero_points))
+        return self.node(
+            "MatMulNBits",
+            inputs,
+            name,
+            out=out,
+            K=matrix.columns,
+            N=matrix.rows,
+            bits=matrix.type.bits,
+            block_size=matrix.type.block_size,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def stacked(self, x: str, layer: str, name: str) -> str | None:
+        """The product with a stack of projections; None when they are stored apart."""
+        matrix = self.layout.matrices.get(f"{layer}.{name}.weight")
+        return self.linear(x, matrix, f"{layer}.{name}") if matrix else None
+
+    def projections(self, x: str, layer: str, names: list[str]) -> list[str]:
+        """The products with projections that are stored apart."""
+        return [
+            self.linear(x, self.layout.matrices[f"{layer}.{name}.weight"], f"{layer}.{name}")
+            for name in names
+        ]
+
+    def attention(self, layer: str, n: int, x: str, used: str, total: str) -> str:
+        """Rotary grouped-query attention over past and new positions, and the output projection."""
+        qkv = self.stacked(x, layer, "qkv_proj")
+        if qkv is None:
+            parts = self.projections(x, layer, ["q_proj", "k_proj", "v_proj"])
+            qkv = self.node("Concat", parts, f"{layer}.qkv", "", axis=-1)
+        past = [f"past_key_values.{n}.key", f"past_key_values.{n}.value"]
+        tables = [self.stored(self.layout.tables[name]) for name in (COS, SIN)]
+        out = f"{layer}.attention.out"
+        self.nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                [qkv, "", "", *past, used, total, *tables],
+                [out, f"present.{n}.key", f"present.{n}.value"],
+                name=f"{layer}.attention",
+                domain=CONTRIB,
+                num_heads=self.config.num_heads,
+                kv_num_heads=self.config.num_kv_heads,
+                do_rotary=1,
+                rotary_interleaved=0,
+            )
+        )
+        return self.linear(out, self.layout.matrices[f"{layer}.o_proj.weight"], f"{layer}.o_proj")
+
+    def feed_forward(self, layer: str, x: str) -> str:
+        """SwiGLU: down(silu(gate) * up); QuickGelu with alpha 1 is silu."""
+        both = self.stacked(x, layer, "gate_up_proj")
+        if both is None:
+            gate, up = self.projections(x, layer, ["gate_proj", "up_proj"])
+        else:
+            gate, up = f"{layer}.gate", f"{layer}.up"
+            self.nodes.append(
+                helper.make_node("Split", [both], [gate, up], name=f"{layer}.split", axis=-1, num_outputs=2)
+            )
+        active = self.node("QuickGelu", [gate], f"{layer}.silu", alpha=1.0)
+        product = self.node("Mul", [active, up], f"{layer}.product", "")
+        return self.linear(product, self.layout.matrices[f"{layer}.down_proj.weight"], f"{layer}.down_proj")
+
+    def add_and_norm(self, x: str, y: str, name: str, last: bool = False) -> tuple[str, str]:
+        """The norm of x + y, and x + y itself (unused, and not computed, after the last layer)."""
+        out, total = f"{name}.out", "" if last else f"{name}.sum"
+        outputs = [out] if last else [out, "", "", total]
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization",
+                [x, y, self.norm(f"{name}.weight")],
+                outputs,
+                name=name,
+                domain=CONTRIB,
+                epsilon=self.config.rms_norm_eps,
+            )
+        )
+        return out, total
+
+    def keep_last(self, h: str) -> str:
+        """The last `logits_to_keep` positions of (batch, sequence, C); -0 = 0 starts at the first."""
+        self.constant("logits_to_keep", np.array(1, np.int64))
+        axes = self.constant("one", np.array([1], np.int64))
+        zero = self.constant("zero", np.array([0], np.int64))
+        end = self.constant("end", np.array([INT64_MAX], np.int64))
+        start = self.node("Neg", ["logits_to_keep"], "keep/start", "")
+        start = self.node("Unsqueeze", [start, zero], "keep/starts", "")
+        return self.node("Slice", [h, start, end, axes], "keep/slice", "")
+
+    def head(self, h: str) -> str:
+        """(batch, kept, C) -> logits (batch, kept, V)."""
+        matrix = self.layout.matrices[EMBEDDING if self.config.tied else HEAD]
+        return self.linear(h, matrix, "lm_head", weight=HEAD, out="logits")
+
+    def model(self) -> onnx.ModelProto:
+        """Inputs, outputs and versions around what was collected."""
+        cache = ("batch", self.config.num_kv_heads)
+        floats, ints = TensorProto.FLOAT, TensorProto.INT64
+        info = helper.make_tensor_value_info
+        inputs = [
+            info("input_ids", ints, ("batch", "sequence")),
+            info("attention_mask", ints, ("batch", "total")),
+        ]
+        outputs = [info("logits", floats, ("batch", "kept", self.config.vocab_size))]
+        for n in range(self.config.num_layers):
+            for part in ("key", "value"):
+                inputs.append(
+                    info(f"past_key_values.{n}.{part}", floats, (*cache, "past", self.config.head_dim))
+                )
+                outputs.append(info(f"present.{n}.{part}", floats, (*cache, "present", self.config.head_dim)))
+        inputs.append(info("logits_to_keep", ints, ()))
+        graph = helper.make_graph(self.nodes, "fox", inputs, outputs, list(self.initializers.values()))
+        return helper.make_model(
+            graph,
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+            producer_name="fox-edge",
+            producer_version=fox_edge.__version__,
+        )
