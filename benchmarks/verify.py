@@ -100,8 +100,7 @@ def verify(
                 _run("tensors", lambda: _tensors(file, artifact, checkpoint, threads or 2)),
             ]
         with contextlib.closing(open_session(artifact, SessionOptions(threads=threads))) as session:
-            tokens = _logit_tokens(tokenizer, text, session.context)
-            checks += _logits(session, checkpoint, tokens, limits, report)
+            checks += _logits(session, checkpoint, text, limits, report)
     except FoxEdgeError as error:
         checks.append(Check("opens", False, str(error)))
     report |= {
@@ -295,11 +294,15 @@ def _logit_tokens(tokenizer: Tokenizer, text: str | None, context: int) -> list[
 
 
 def _logits(
-    session: Session, checkpoint: Checkpoint, tokens: Sequence[int], limits: Limits, report: dict[str, Any]
+    session: Session, checkpoint: Checkpoint, text: str | None, limits: Limits, report: dict[str, Any]
 ) -> list[Check]:
     """Logits on real text, and the same greedy text; both need the reference, opened once."""
     reference = ReferenceScorer(checkpoint)
-    fidelity = compare(reference.logits(list(tokens)), session.score(tokens))
+    try:
+        tokens = _logit_tokens(checkpoint.tokenizer(), text, session.context)
+        fidelity = compare(reference.logits(tokens), session.score(tokens))
+    except FoxEdgeError as error:
+        return [Check("logits", False, str(error))]
     report |= fidelity.to_json()
     checks = [_run("logits", lambda: _fidelity(fidelity, limits))]
     if limits.greedy_tokens:

@@ -69,10 +69,8 @@ def make_manifest(
     versions: Mapping[str, str],
     notes: Iterable[str] = (),
 ) -> Manifest:
-    """The manifest of an export, before its files are hashed; the checkpoint's and the tokenizer's notes
-    come before the exporter's own."""
+    """The manifest of an export, before its files are hashed; the checkpoint's notes come before `notes`."""
     config = checkpoint.config
-    all_notes = [*checkpoint.notes, *checkpoint.tokenizer().notes, *notes]
     return Manifest(
         format=recipe.format,
         quant=recipe.name,
@@ -85,7 +83,7 @@ def make_manifest(
         tensors=tuple(tensors),
         recipe=asdict(recipe),
         versions=dict(versions),
-        notes=tuple(dict.fromkeys(all_notes)),
+        notes=(*checkpoint.notes, *notes),
     )
 
 
@@ -101,10 +99,7 @@ def copy_side_files(writer: ArtifactWriter, checkpoint: Checkpoint) -> None:
     config = checkpoint.config.to_hf() | {f"{k}_token_id": v for k, v in ids.items() if v is not None}
     config["torch_dtype"] = str(checkpoint.dtype(EMBEDDING)).removeprefix("torch.")
     _write_json(folder / "config.json", config)
-    generation: dict[str, Any] = {f"{k}_token_id": v for k, v in ids.items() if v is not None}
-    if len(tokenizer.stop_ids) > 1:
-        generation["eos_token_id"] = sorted(tokenizer.stop_ids)
-    _write_json(folder / "generation_config.json", checkpoint.generation_config() | generation)
+    _write_json(folder / "generation_config.json", checkpoint.generation_config())
 
 
 def finish(
@@ -112,15 +107,12 @@ def finish(
 ) -> Artifact:
     """Verify the finished folder, write the card, commit.
 
-    `verify` sees an artifact that can be opened (its manifest without file hashes). When it raises,
-    leaving the writer's context deletes everything.
+    `verify` is handed the artifact as it will be, but for file hashes; its manifest is only written by the
+    commit, so that a process killed in mid-verification leaves no manifest behind. When it raises, leaving
+    the writer's context deletes everything.
     """
     if verify is not None:
-        provisional = writer.folder / MANIFEST
-        _write_json(provisional, manifest.to_json())
-        report = verify(Artifact.open(writer.folder))
-        provisional.unlink()
-        manifest = replace(manifest, verification=report)
+        manifest = replace(manifest, verification=verify(Artifact(writer.folder, manifest)))
     (writer.folder / CARD).write_text(model_card(checkpoint, manifest), encoding="utf-8")
     return writer.commit(manifest)
 

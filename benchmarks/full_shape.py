@@ -1,0 +1,287 @@
+"""The figures at Fox-1's exact shape: exports and runs, ours beside the peers, in one go.
+
+    python -m benchmarks.full_shape WORK --results FILE.json [--llama-cpp SOURCE BUILD] [--genai PYTHON]
+
+WORK is a scratch folder with about 20 GB free. The checkpoint is random (`fox-edge new`), so this page
+says what an export costs and how fast it runs, not what it knows. Peers are measured when they are given:
+llama.cpp's source folder (convert_hf_to_gguf.py) and build folder (llama-quantize, llama-bench), and a
+Python that has onnxruntime-genai. Every command is a fresh process; the peer's run follows ours at once,
+so that a drifting machine drifts for both. Runs for minutes; not part of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from fox_edge.progress import say
+
+EXPORTS = (("gguf", "int4"), ("gguf", "int8"), ("onnx", "int4"), ("onnx", "int8"))
+PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
+_SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole command took. Peaks are of the largest single process; anonymous is sampled."""
+
+    seconds: float
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+    stdout: str
+
+
+def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Cost:
+    """Run a command to its end; raises RuntimeError with its last words when it fails."""
+    say("$ " + " ".join(map(str, command)))
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+    )
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
+    watcher.start()
+    out, err = process.communicate()
+    seconds = time.monotonic() - start
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {err[-2000:]}")
+    return Cost(seconds, peaks["VmHWM"], peaks["RssAnon"], out)
+
+
+def _watch(process: subprocess.Popen[str], peaks: dict[str, int]) -> None:
+    """Sample a process's memory until it ends (Linux; elsewhere the peaks stay 0)."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        try:
+            for line in status.read_text().splitlines():
+                key = line.split(":")[0]
+                if key in peaks:
+                    peaks[key] = max(peaks[key], int(line.split()[1]) * 1024)
+        except OSError:
+            return
+        time.sleep(_SAMPLE_S)
+
+
+def fox_edge(*arguments: str | Path) -> dict[str, Any]:
+    """Run one verb with --json in a fresh process."""
+    cost = run([sys.executable, "-m", "fox_edge.cli", *arguments, "--json"])
+    result: dict[str, Any] = json.loads(cost.stdout)
+    return result
+
+
+# --- exports -------------------------------------------------------------------------------------------
+
+
+def our_exports(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
+    """Export the four presets; each row is `fox-edge export --json`'s."""
+    rows = []
+    for format, quant in EXPORTS:
+        target = work / f"{format}-{quant}"
+        row = fox_edge("export", checkpoint, target, "--format", format, "--quant", quant, "--replace")
+        rows.append(row | {"who": "fox-edge", "artifact": target.name})
+    return rows
+
+
+def llama_cpp_exports(checkpoint: Path, work: Path, source: Path, build: Path) -> list[dict[str, Any]]:
+    """convert_hf_to_gguf.py to BF16, then llama-quantize: the peer's two steps, timed apart and summed."""
+    whole = work / "peer-bf16.gguf"
+    convert = run(
+        [
+            sys.executable,
+            source / "convert_hf_to_gguf.py",
+            checkpoint,
+            "--outfile",
+            whole,
+            "--outtype",
+            "bf16",
+        ],
+        env={"PYTHONPATH": str(source / "gguf-py")},
+    )
+    rows = []
+    for quant in ("Q4_K_M", "Q4_0", "Q8_0"):
+        target = work / f"peer-{quant}.gguf"
+        quantize = run([build / "bin" / "llama-quantize", whole, target, quant, str(os.cpu_count())])
+        rows.append(
+            {
+                "who": "llama.cpp",
+                "artifact": target.name,
+                "quant": quant,
+                "seconds": convert.seconds + quantize.seconds,
+                "convert_s": convert.seconds,
+                "quantize_s": quantize.seconds,
+                "peak_rss_bytes": max(convert.peak_rss_bytes, quantize.peak_rss_bytes),
+                "peak_anonymous_bytes": max(convert.peak_anonymous_bytes, quantize.peak_anonymous_bytes),
+                "bytes": target.stat().st_size,
+                "intermediate_bytes": whole.stat().st_size,
+            }
+        )
+    return rows
+
+
+def genai_export(checkpoint: Path, work: Path, python: str) -> dict[str, Any]:
+    """onnxruntime-genai's builder: int4 on CPU, shared embeddings, pruned head."""
+    target = work / "peer-genai"
+    shutil.rmtree(target, ignore_errors=True)
+    cost = run(
+        [
+            *(python, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", target),
+            *("-p", "int4", "-e", "cpu", "-c", work / "genai-cache"),
+            *("--extra_options", "shared_embeddings=true", "prune_lm_head=true"),
+        ],
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    return {
+        "who": "onnxruntime-genai",
+        "artifact": target.name,
+        "quant": "int4",
+        "seconds": cost.seconds,
+        "peak_rss_bytes": cost.peak_rss_bytes,
+        "peak_anonymous_bytes": cost.peak_anonymous_bytes,
+        "bytes": sum(p.stat().st_size for p in target.iterdir()),
+    }
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+# Their generator, as their own examples drive it. Prints one JSON object.
+_GENAI_RUN = """
+import json, sys, time
+import onnxruntime_genai as og
+folder, prompt, decode, context = sys.argv[1], *map(int, sys.argv[2:5])
+start = time.perf_counter()
+model = og.Model(folder)
+load = time.perf_counter() - start
+prompts, decodes = [], []
+for repeat in range(2):
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=context, min_length=context, do_sample=False)
+    generator = og.Generator(model, parameters)
+    start = time.perf_counter()
+    generator.append_tokens([5 + i % 4000 for i in range(prompt)])
+    generator.generate_next_token()
+    prompts.append(prompt / (time.perf_counter() - start))
+    start = time.perf_counter()
+    for _ in range(decode):
+        generator.generate_next_token()
+    decodes.append(decode / (time.perf_counter() - start))
+print(json.dumps({"load_s": load, "prompt_tokens_per_s": prompts[-1], "decode_tokens_per_s": decodes[-1]}))
+"""
+
+
+def our_runs(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """One round of `fox-edge bench` over the exports."""
+    found = fox_edge(
+        *("bench", *(work / name for name in names)),
+        *("--prompt-tokens", str(PROMPT_TOKENS), "--decode-tokens", str(DECODE_TOKENS)),
+        *("--context", str(CONTEXT), "--repeats", "1"),
+    )
+    return [{"who": "fox-edge", **row, "artifact": Path(row["artifact"]).name} for row in found["results"]]
+
+
+def llama_bench(file: Path, build: Path) -> dict[str, Any]:
+    """One round of llama-bench: the prompt alone and the decode alone, as it measures them."""
+    cost = run(
+        [
+            *(build / "bin" / "llama-bench", "-m", file, "-p", PROMPT_TOKENS, "-n", DECODE_TOKENS),
+            *("-t", os.cpu_count() or 1, "-r", "2", "-o", "json"),
+        ]
+    )
+    tests = json.loads(cost.stdout)
+    return {
+        "who": "llama-bench",
+        "artifact": file.name,
+        "prompt_tokens_per_s": next(t["avg_ts"] for t in tests if t["n_prompt"]),
+        "decode_tokens_per_s": next(t["avg_ts"] for t in tests if t["n_gen"]),
+        "peak_rss_bytes": cost.peak_rss_bytes,
+        "peak_anonymous_bytes": cost.peak_anonymous_bytes,
+    }
+
+
+def genai_run(folder: Path, python: str) -> dict[str, Any]:
+    """One round of onnxruntime-genai's own generator."""
+    cost = run([python, "-c", _GENAI_RUN, folder, str(PROMPT_TOKENS), str(DECODE_TOKENS), str(CONTEXT)])
+    memory = {"peak_rss_bytes": cost.peak_rss_bytes, "peak_anonymous_bytes": cost.peak_anonymous_bytes}
+    return {"who": "onnxruntime-genai", "artifact": folder.name, **json.loads(cost.stdout), **memory}
+
+
+def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several rounds -> one row per artifact with the median of every number."""
+    merged = []
+    for same in zip(*rounds, strict=True):
+        row = dict(same[0])
+        for key, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                row[key] = statistics.median(r[key] for r in same)
+        merged.append(row | {"rounds": len(same)})
+    return merged
+
+
+def main() -> None:
+    """Parse, measure, write the results file after every stage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_shape", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-cpp", type=Path, nargs=2, metavar=("SOURCE", "BUILD"))
+    parser.add_argument("--genai", metavar="PYTHON")
+    args = parser.parse_args()
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = work / "checkpoint"
+    if not checkpoint.exists():
+        fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
+    results: dict[str, Any] = {
+        "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
+        "machine": machine(),
+        "prompt_tokens": PROMPT_TOKENS,
+        "decode_tokens": DECODE_TOKENS,
+        "context": CONTEXT,
+        "exports": our_exports(checkpoint, work),
+    }
+
+    def save() -> None:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    save()
+    if args.llama_cpp:
+        results["exports"] += llama_cpp_exports(checkpoint, work, *args.llama_cpp)
+        save()
+    if args.genai:
+        results["exports"].append(genai_export(checkpoint, work, args.genai))
+        save()
+    rounds = []
+    for _ in range(args.rounds):
+        rows = our_runs(work, [f"{format}-{quant}" for format, quant in EXPORTS])
+        if args.llama_cpp:
+            # The same file that ours runs, and the peer's own.
+            files = [*sorted(work.glob("gguf-int*/*.gguf")), *sorted(work.glob("peer-Q*.gguf"))]
+            rows += [llama_bench(file, args.llama_cpp[1]) for file in files]
+        if args.genai:
+            rows.append(genai_run(work / "peer-genai", args.genai))
+        rounds.append(rows)
+        results["runs"] = medians(rounds)
+        save()
+
+
+if __name__ == "__main__":
+    main()

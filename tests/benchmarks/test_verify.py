@@ -1,0 +1,122 @@
+"""Verification finds what is wrong, and says so; what is right passes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.verify import Verifier, limits_of, verify, verify_text
+from export.gguf import export_gguf
+from export.onnx import export_onnx
+from fox_edge.artifact import MANIFEST, Artifact
+from fox_edge.checkpoint import Checkpoint
+from fox_edge.errors import ArtifactError, VerificationError
+from fox_edge.quant import Limits, find_recipe
+from tests.helpers import TINY_256, make_checkpoint
+
+EXPORTERS = {"gguf": export_gguf, "onnx": export_onnx}
+LOOSE = Limits(mean_kl_nats=0.05, greedy_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("verify") / "fox", TINY_256))
+
+
+def exported(checkpoint: Checkpoint, folder: Path, format: str, quant: str = "int8") -> Artifact:
+    return EXPORTERS[format](checkpoint, folder / format, find_recipe(format, quant))
+
+
+def failed(report: dict) -> dict[str, str]:
+    return {check["name"]: check["detail"] for check in report["checks"] if not check["passed"]}
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_good_export_passes_every_check(checkpoint: Checkpoint, tmp_path: Path, format: str) -> None:
+    artifact = exported(checkpoint, tmp_path, format)
+    report = verify(artifact, checkpoint, limits_of(artifact))
+    assert failed(report) == {} and report["passed"]
+    assert [c["name"] for c in report["checks"]] == [
+        "files",
+        "source",
+        "tokenizer",
+        "special tokens",
+        "chat template",
+        "tie",
+        "tensors",
+        "logits",
+        "greedy text",
+    ]
+    assert 0 <= report["mean_kl_nats"] <= 0.005
+    assert "verified" in verify_text(report)
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_flipped_byte_is_found_twice(checkpoint: Checkpoint, tmp_path: Path, format: str) -> None:
+    artifact = exported(checkpoint, tmp_path, format)
+    biggest = max(artifact.path.iterdir(), key=lambda p: p.stat().st_size)
+    data = np.memmap(biggest, np.uint8, "r+")
+    # A stretch in the middle of the weights: big enough that the tensor check sees it too.
+    middle = len(data) // 2
+    data[middle : middle + 20000] ^= 0x55
+    data.flush()
+    found = failed(verify(artifact, checkpoint, LOOSE))
+    assert biggest.name in found["files"]
+    assert "relative error" in found["tensors"]
+
+
+def test_another_checkpoint_is_told_apart(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    other = Checkpoint.open(make_checkpoint(tmp_path / "other", TINY_256, seed=1))
+    found = failed(verify(artifact, other, LOOSE))
+    assert {"source", "tensors", "logits"} <= set(found)
+
+
+def test_a_changed_chat_template_is_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    (artifact.path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    settings = json.loads((artifact.path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0].content }}"
+    (artifact.path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "chat template" in failed(verify(artifact, checkpoint, LOOSE))
+
+
+def test_limits_that_cannot_be_met_fail_the_logits(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "gguf", "int4")
+    report = verify(artifact, checkpoint, Limits(mean_kl_nats=1e-12, greedy_tokens=0))
+    assert list(failed(report)) == ["logits"]
+    assert not report["passed"] and "the limit is 1e-12" in failed(report)["logits"]
+
+
+def test_greedy_text_of_a_crude_export_differs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "gguf", "q2_k")
+    found = failed(verify(artifact, checkpoint, Limits(mean_kl_nats=10.0, greedy_tokens=64)))
+    assert "the reference's" in found["greedy text"]
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_failed_export_leaves_only_its_report(checkpoint: Checkpoint, tmp_path: Path, format: str) -> None:
+    target = tmp_path / "out" / "model"
+    recipe = replace(find_recipe(format, "int4"), limits=Limits(mean_kl_nats=1e-12, greedy_tokens=0))
+    with pytest.raises(VerificationError, match="failed verification and was not kept: logits"):
+        EXPORTERS[format](checkpoint, target, recipe, verify=Verifier(checkpoint, recipe.limits, target))
+    assert [p.name for p in target.parent.iterdir()] == ["model.verification.json"]
+    assert json.loads((target.parent / "model.verification.json").read_text())["passed"] is False
+
+
+def test_text_of_the_user(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    report = verify(artifact, checkpoint, LOOSE, text="one fox and two foxes, " * 40)
+    assert report["passed"]
+    assert "at least 64 are needed" in failed(verify(artifact, checkpoint, LOOSE, text="short"))["logits"]
+
+
+def test_a_manifest_without_limits(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    fields = json.loads((artifact.path / MANIFEST).read_text())
+    del fields["recipe"]["limits"]
+    (artifact.path / MANIFEST).write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="no limits"):
+        limits_of(Artifact.open(artifact.path))

@@ -1,0 +1,196 @@
+"""The user's words: the real command line, its exit statuses, its JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fox_edge import cli
+from tests.helpers import TINY_256, make_checkpoint
+
+EXPORT_KEYS = {
+    "artifact",
+    "format",
+    "quant",
+    "bytes",
+    "bits_per_weight",
+    "tied_copies",
+    "seconds",
+    "peak_rss_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("cli") / "fox", TINY_256)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "artifact"
+    # A random model has no confident next token, so its greedy text says nothing about rounding.
+    arguments = ["--format", "gguf", "--quant", "int8", "--greedy-tokens", "0"]
+    assert cli.main(["export", str(checkpoint), str(out), *arguments]) == 0
+    return out
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs, expects exit status 2, nothing on stdout and one line on stderr; returns the line."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_export_json(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--format", "onnx", "--quant", "int8", "--greedy-tokens", "0", "--json")
+    status, out, _ = run(capsys, "export", checkpoint, tmp_path / "a", *arguments)
+    result = json.loads(out)
+    assert status == 0
+    assert set(result) >= EXPORT_KEYS
+    assert result["tied_copies"] == 1
+    assert result["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+
+
+def test_verify_says_yes_and_no(
+    checkpoint: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = ("verify", artifact, "--greedy-tokens", "0", "--json", "--checkpoint")
+    status, out, _ = run(capsys, *verb, checkpoint)
+    result = json.loads(out)
+    assert status == 0 and result["passed"]
+    assert {"mean_kl_nats", "top1_agreement_percent", "checks"} <= set(result)
+    status, out, _ = run(capsys, *verb, make_checkpoint(tmp_path / "other", TINY_256, seed=1))
+    assert status == 2 and not json.loads(out)["passed"]
+
+
+def test_inspect_json(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "inspect", artifact, "--context", "64", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert {"parameters", "bytes", "tied", "tensors", "memory"} <= set(result)
+
+
+def test_chat_answers_one_question(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "chat", artifact, "hello world", "--max-tokens", "4")
+    assert status == 0 and out.endswith("\n")
+    again = run(capsys, "chat", artifact, "hello world", "--max-tokens", "4")
+    assert again[1] == out
+
+
+def test_a_whole_conversation(artifact: Path) -> None:
+    """A transcript through the real process: two questions, a command, the end of the input."""
+    command = [sys.executable, "-m", "fox_edge.cli", "chat", str(artifact), "--max-tokens", "3"]
+    done = subprocess.run(
+        command, input="hello\n/stats\n/undo\n/undo\n/wat\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert "prompt tokens" in done.stdout
+    assert "(took back the last question)" in lines
+    assert "(nothing to take back)" in lines
+    assert lines[-1].startswith("(/undo takes back")
+    assert "tokens of context" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_prompt_longer_than_the_context(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = mistake(capsys, "chat", artifact, "fox " * 200, "--context", "64")
+    assert "the context holds 64" in line
+
+
+def test_new_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "new", tmp_path / "fox", "--shape", "nano", "--seed", "3", "--json")
+    assert status == 0 and json.loads(out)["parameters"] == 6_557_952
+    assert "unknown shape" in mistake(capsys, "new", tmp_path / "b", "--shape", "nonsense")
+
+
+def test_mistakes_of_the_user(
+    checkpoint: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ("--format", "gguf")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no such folder" in mistake(capsys, "export", tmp_path / "nowhere", tmp_path / "o", *export)
+    assert "empty" in mistake(capsys, "export", empty, tmp_path / "o", *export)
+    line = mistake(capsys, "export", checkpoint, tmp_path / "o", *export, "--quant", "int5")
+    assert "int8, int4, f32" in line and "q4_k" in line
+    assert "exists already" in mistake(capsys, "export", checkpoint, artifact, *export)
+    gguf = next(artifact.glob("*.gguf"))
+    assert "GGUF" in mistake(capsys, "export", gguf, tmp_path / "o", *export)
+    assert "not an exported model" in mistake(capsys, "chat", empty)
+    assert "no such recipe file" in mistake(
+        capsys, "export", checkpoint, tmp_path / "o", *export, "--quant", "x.toml"
+    )
+    assert "not readable" in mistake(
+        capsys, "export", checkpoint, tmp_path / "o", *export, "--text", tmp_path / "none.txt"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_mistakes_in_the_grammar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'exprot'" in mistake(capsys, "exprot")
+    assert "--format" in mistake(capsys, "export", "nano", "out")
+    assert "not a whole number from 1" in mistake(capsys, "inspect", "nano", "--context", "0")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(target: str, context: int | None) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fox_edge.inspection.inspect", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["inspect", "nano"])
+
+
+def test_missing_package_names_the_extra(checkpoint: Path, tmp_path: Path) -> None:
+    """As on a machine without onnx: the import fails, the user gets one sentence and status 2."""
+    program = (
+        "import sys; sys.modules['onnx'] = None; sys.modules['onnxruntime'] = None\n"
+        "from fox_edge import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = ["export", str(checkpoint), str(tmp_path / "o"), "--format", "onnx"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "fox-edge[onnx]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What makes --help instant; asserted on the cause, since seconds belong in benchmarks."""
+    program = (
+        "import sys\nfrom fox_edge import cli\n"
+        "try:\n    cli.main(['export', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'llama_cpp', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--format" in done.stdout
+
+
+def test_sigkill_in_mid_export_leaves_no_artifact(checkpoint: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, os, signal\nfrom fox_edge.artifact import ArtifactWriter\n"
+        "ArtifactWriter.commit = lambda self, manifest: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from fox_edge import cli; cli.main(sys.argv[1:])"
+    )
+    arguments = ["export", str(checkpoint), str(tmp_path / "out"), "--format", "gguf", "--greedy-tokens", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--max-mean-kl", "1"], capture_output=True
+    )
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    # What is left is hidden, named .partial, and no artifact: it has no manifest.
+    left = list(tmp_path.iterdir())
+    assert [p.name.endswith(".partial") for p in left] == [True]
+    assert not (left[0] / "manifest.json").exists()
