@@ -15,9 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fox_edge.checkpoint import Checkpoint
-
 from fox_edge.artifact import MANIFEST, Artifact, ArtifactWriter, Manifest, TensorRecord
+from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import EMBEDDING, Assignment, Recipe
 
 # done bytes, total bytes: of the checkpoint's weights as they are read.
