@@ -1,0 +1,99 @@
+"""Memory readings against allocations whose size is known; bandwidth against a plain copy."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.roofline import bytes_per_token, read_bandwidth
+from fox_edge.config import FoxConfig
+
+MB = 1 << 20
+
+
+def test_the_machine_is_described_in_plain_json():
+    found = json.loads(json.dumps(machine.machine()))
+    assert found["cpu"]
+    assert 1 <= found["cores"] <= os.cpu_count()
+    assert 256 * MB < machine.available_memory_bytes() <= found["memory_bytes"]
+    assert found["versions"]["numpy"] == np.__version__
+
+
+def test_an_allocation_shows_in_peak_and_leaves_the_present():
+    before = machine.memory()
+    block = np.ones(64 * MB, np.uint8)
+    during = machine.memory()
+    assert during.peak_rss >= before.peak_rss
+    assert machine.peak_rss_bytes() >= 64 * MB
+    if during.anonymous is not None:
+        assert 60 * MB < during.anonymous - before.anonymous < 80 * MB
+        del block
+        assert machine.memory().anonymous < during.anonymous - 60 * MB
+        assert machine.memory().peak_rss >= during.rss
+
+
+def test_a_mapped_file_counts_as_file_and_not_as_anonymous(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * (32 * MB))
+    before = machine.memory()
+    mapped = np.memmap(path, np.uint8, "r")
+    assert int(mapped.max()) == ord("x")
+    after = machine.memory()
+    if after.file is not None:
+        assert 30 * MB < after.file - before.file < 40 * MB
+        assert abs(after.anonymous - before.anonymous) < 4 * MB
+
+
+def test_a_child_does_not_inherit_its_parent_s_peak():
+    block = np.ones(300 * MB, np.uint8)
+    assert machine.peak_rss_bytes() > block.nbytes
+    code = "from benchmarks.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    if sys.platform == "linux":
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert 4 * MB < int(child.stdout) < 100 * MB
+
+
+def test_bandwidth_is_the_best_way_and_no_less_than_a_plain_sum():
+    found = read_bandwidth(48 * MB, threads=1, seconds=0.4)
+    assert (found.buffer_bytes, found.threads) == (32 * MB, 1)
+    assert found.bytes_per_s == max(found.methods.values()) == found.methods[found.method]
+    buffer = np.ones(32 * MB // 8)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        buffer.sum()
+        times.append(time.perf_counter() - start)
+    assert found.bytes_per_s > 0.5 * buffer.nbytes / min(times)
+
+
+def test_every_way_reads_the_whole_buffer():
+    found = read_bandwidth(1 * MB, threads=2, seconds=0.1)
+    # A way that stopped early would look faster than any processor's cache is.
+    assert all(0 < value < 5e12 for value in found.methods.values())
+    assert len(found.methods) == 4
+
+
+def test_bytes_per_token_of_fox_1_by_hand():
+    config = FoxConfig.fox_1()
+    weights = 2 * config.num_parameters()
+    # BF16: 3,330,543,616 bytes, and 64 KiB of KV cache for each of 100 positions.
+    assert bytes_per_token(config, weights, 2 * 256_000 * 2048, 100) == 3_330_543_616 + 100 * 65_536
+
+
+def test_an_untied_embedding_is_read_one_row_per_token():
+    config = FoxConfig(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_positions=16,
+        tied=False,
+    )
+    assert bytes_per_token(config, 50_000, 100 * 8 * 2, 0) == 50_000 - 99 * 8 * 2
