@@ -80,7 +80,8 @@ def make_manifest(
         checkpoint=checkpoint.name,
         checkpoint_sha256=checkpoint_sha256,
         tensors=tuple(tensors),
-        recipe=asdict(recipe),
+        # As JSON has it, so that a manifest equals what is read back.
+        recipe=json.loads(json.dumps(asdict(recipe))),
         versions=dict(versions),
         notes=(*checkpoint.notes, *notes),
     )

@@ -177,7 +177,7 @@ def _write_chunk(handle: int, start: int, checkpoint: Checkpoint, chunk: Chunk) 
     if chunk.last:
         checkpoint.release(place.name)
     offset = start + place.offset + chunk.start * blocks.shape[1]
-    view = memoryview(blocks).cast("B")
+    view = blocks.reshape(-1).data
     while view:
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written

@@ -95,9 +95,9 @@ def write_header(path: Path, checkpoint: Checkpoint, recipe: Recipe, places: Seq
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        return pad(writer.fout[0].tell())
     finally:
         writer.close()
+    return pad(path.stat().st_size)
 
 
 def pad(size: int) -> int:

@@ -130,8 +130,10 @@ class _Batch:
     def fill(self, tokens: Sequence[int], wanted: int) -> Any:
         """Put tokens in; logits are computed for the last `wanted` of them."""
         count = len(tokens)
-        self._tokens[:count] = tokens
-        self._wanted[:count] = [0] * (count - wanted) + [1] * wanted
+        flags: list[ctypes.c_int8 | int] = [0] * (count - wanted) + [1] * wanted
+        # int(): a numpy integer is no integer to ctypes.
+        self._tokens[:count] = [int(token) for token in tokens]
+        self._wanted[:count] = flags
         self.struct.n_tokens = count
         return self.struct
 
