@@ -106,7 +106,7 @@ def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
-    """uint8 integers (..., n) below 2^bits -> bytes (..., ceil(n * bits / 8)), the first in the lowest bits."""
+    """uint8 integers (..., n) below 2^bits -> bytes (..., ceil(n * bits / 8)), first in the lowest bits."""
     per_byte = 8 // bits
     if per_byte == 1:
         return integers

@@ -19,20 +19,30 @@ context, attention runs in place, and only attention_mask says how much of it is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 import fox_edge
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range
 from fox_edge.config import FoxConfig
+from fox_edge.errors import MissingPackageError
 from fox_edge.quant import EMBEDDING, HEAD
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError:
+    raise MissingPackageError("onnx", "onnx") from None
 
 OPSET = 21
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
 # MatMulNBits: 4 lets it quantize its input to int8 row by row, which more than doubles its speed.
 INT8_ACTIVATIONS = 4
+# A session packs each constant matrix anew when it loads, and holds old and new pages meanwhile. The head is
+# half of an int4 model: cut into slices of this size, the most that is held twice is one slice.
+HEAD_SLICE_BYTES = 64 << 20
 INT64_MAX = 2**63 - 1
 
 _ELEMENT = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
@@ -84,7 +94,7 @@ class _Graph:
         name: str,
         domain: str = CONTRIB,
         out: str = "",
-        **attributes: object,
+        **attributes: Any,
     ) -> str:
         """One operator with one output, called `out` or after the node."""
         result = out or f"{name}.out"
@@ -115,11 +125,10 @@ class _Graph:
         return self.stored(self.layout.vectors[name])
 
     def lengths(self) -> tuple[str, str]:
-        """What GroupQueryAttention wants to know: last position in use (batch,), and the mask's length, int32."""
+        """For GroupQueryAttention: the last position in use (batch,) and the mask's length (), int32."""
         one = self.constant("one", np.array([1], np.int64))
-        used = self.node(
-            "ReduceSum", ["attention_mask", one], "lengths/used", "", keepdims=0
-        )  # over axis 1 = `one`
+        axis = one
+        used = self.node("ReduceSum", ["attention_mask", axis], "lengths/used", "", keepdims=0)
         used = self.node("Sub", [used, one], "lengths/last", "")
         used = self.node("Cast", [used], "lengths/seqlens_k", "", to=TensorProto.INT32)
         total = self.node("Shape", ["attention_mask"], "lengths/shape", "", start=1, end=2)
@@ -245,7 +254,11 @@ class _Graph:
     def head(self, h: str) -> str:
         """(batch, kept, C) -> logits (batch, kept, V)."""
         matrix = self.layout.matrices[EMBEDDING if self.config.tied else HEAD]
-        return self.linear(h, matrix, "lm_head", weight=HEAD, out="logits")
+        parts = matrix.slices(HEAD_SLICE_BYTES)
+        if len(parts) == 1:
+            return self.linear(h, matrix, "lm_head", weight=HEAD, out="logits")
+        logits = [self.linear(h, part, f"lm_head.{i}") for i, part in enumerate(parts)]
+        return self.node("Concat", logits, "lm_head", "", out="logits", axis=-1)
 
     def model(self) -> onnx.ModelProto:
         """Inputs, outputs and versions around what was collected."""

@@ -41,12 +41,16 @@ class Range:
         """Bytes of one row (one step of the first dimension)."""
         return self.nbytes // self.shape[0]
 
+    def rows(self, start: int, stop: int, name: str) -> Range:
+        """Rows [start, stop) as a tensor of their own name."""
+        return Range(name, self.dtype, (stop - start, *self.shape[1:]), self.offset + start * self.row_bytes)
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """Checkpoint matrices of one type and one input, stacked row over row; `weight` is packed integers or floats.
+    """Checkpoint matrices of one type and one input, stacked row over row.
 
-    `weight.shape` is (rows, blocks, bytes per block), or (rows, columns) for float32.
+    `weight` is packed integers (rows, blocks, bytes per block), or floats (rows, columns).
     """
 
     name: str
@@ -63,6 +67,29 @@ class Matrix:
         """Rows of all sources together."""
         return sum(self.source_rows)
 
+    def slices(self, limit_bytes: int) -> list[Matrix]:
+        """The same bytes as matrices of consecutive rows, each about `limit_bytes`; floats stay whole."""
+        count = -(-self.weight.nbytes // limit_bytes)
+        if count == 1 or self.scales is None:
+            return [self]
+        step = -(-self.rows // count)
+        return [
+            self._slice(i, start, min(start + step, self.rows))
+            for i, start in enumerate(range(0, self.rows, step))
+        ]
+
+    def _slice(self, i: int, start: int, stop: int) -> Matrix:
+        weight, *rest = (
+            part and part.rows(start, stop, f"{HEAD}.{i}{suffix}")
+            for part, suffix in (
+                (self.weight, ""),
+                (self.scales, ".scales"),
+                (self.zero_points, ".zero_points"),
+            )
+        )
+        assert weight is not None
+        return Matrix(weight.name, self.sources, (stop - start,), self.columns, self.type, weight, *rest)
+
     def first_row(self, source: str) -> int:
         """Where the rows of one source begin."""
         return sum(self.source_rows[: self.sources.index(source)])
@@ -77,7 +104,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of the data file. `matrices` by name, `vectors` (norms) and `tables` (rotary) by tensor."""
+    """Every tensor of the data file by name: matrices, vectors (norms) and tables (rotary)."""
 
     matrices: dict[str, Matrix]
     vectors: dict[str, Range]

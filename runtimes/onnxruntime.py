@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
-from runtimes.onnx_file import read_graph
+from runtimes.onnx_external import read_graph
 
 try:
     import onnxruntime as ort

@@ -1,0 +1,254 @@
+"""Look into an ONNX artifact without running it: its tensors, its tie, and what it tells about tokens.
+
+Reads the graph as data and decodes the weights in plain numpy, independently of the exporter's code, so that
+the two can disagree. Does not know the manifest: what a tensor is follows from the operator that reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fox_edge.artifact import Artifact
+from fox_edge.config import FoxConfig, read_json_object
+from fox_edge.errors import ArtifactError, VerificationError
+from fox_edge.quant import EMBEDDING, HEAD
+from fox_edge.tokenizer import Tokenizer
+from runtimes.base import Logits
+from runtimes.onnx_external import ELEMENTS, External, onnx, read_graph
+
+_NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Rows of one quantized or plain matrix, as one operator reads them. `bits` 0: plain floats."""
+
+    weight: onnx.TensorProto
+    scales: onnx.TensorProto | None
+    zero_points: onnx.TensorProto | None
+    bits: int
+    rows: int
+
+    def tensors(self) -> list[onnx.TensorProto]:
+        """Integers, scales, zero points, as far as there are any."""
+        return [t for t in (self.weight, self.scales, self.zero_points) if t is not None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`rows` rows of a checkpoint tensor, which begin at `first` in a stored matrix."""
+
+    stored: _Stored
+    first: int
+    rows: int
+
+
+class OnnxFile:
+    """An artifact's ONNX model as tensors; see `runtimes.base.ModelFile`."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._path = artifact.model_path
+        self._folder = artifact.path
+        self._graph = read_graph(self._path).graph
+        self._config = FoxConfig.read(artifact.path / "config.json")
+        self._initializers = {t.name: t for t in self._graph.initializer}
+        self._handles: dict[Path, int] = {}
+        self._head: list[_Stored] = []
+        self._embedding: _Stored | None = None
+        self._pieces: dict[str, list[_Piece]] = {}
+        for node in self._graph.node:
+            self._read_node(node)
+        self._tokenizer = Tokenizer.from_folder(artifact.path)
+
+    def tensor_names(self) -> list[str]:
+        """Hugging Face names, as far as operators read them; a tied head is the embedding."""
+        return list(self._pieces)
+
+    def rows(self, name: str, start: int, stop: int) -> Logits:
+        """Dequantized rows [start, stop) of a tensor, float32; a vector is one row."""
+        if name not in self._pieces:
+            raise ArtifactError(f"{self._path}: holds no tensor '{name}'")
+        found, begin = [], 0
+        for piece in self._pieces[name]:
+            low, high = max(start, begin), min(stop, begin + piece.rows)
+            if low < high:
+                shift = piece.first - begin
+                found.append(self._decode(piece.stored, low + shift, high + shift))
+            begin += piece.rows
+        return np.concatenate(found)
+
+    def tie(self) -> str:
+        """What proves that embedding and head are one byte range; else raises VerificationError."""
+        if self._embedding is None or not self._head:
+            raise VerificationError(f"{self._path}: the graph has no embedding or no head")
+        kinds = {(len(stored.tensors()), stored.bits) for stored in (self._embedding, *self._head)}
+        if len(kinds) > 1:
+            raise VerificationError(f"{self._path}: embedding and head are of different types")
+        for place, tensor in enumerate(self._embedding.tensors()):
+            self._same_bytes(tensor, [stored.tensors()[place] for stored in self._head])
+        return self._once()
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids by the artifact's own tokenizer files, without <bos>."""
+        return self._tokenizer.encode(text, bos=False, special=special)
+
+    def special_ids(self) -> dict[str, int | None]:
+        """What config.json tells a runtime; <unk> is the tokenizer's own business."""
+        fields = read_json_object(self._folder / "config.json")
+        ids = {role: fields.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        return {**ids, "unk": self._tokenizer.unk_id}
+
+    def chat_template(self) -> str | None:
+        """The chat template beside the model."""
+        path = self._folder / "chat_template.jinja"
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def close(self) -> None:
+        """Close the data files."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def _read_node(self, node: onnx.NodeProto) -> None:
+        """Note the weights that an operator reads, under the names of the checkpoint."""
+        attributes = {a.name: a.i for a in node.attribute}
+        bits = attributes.get("bits", 4)
+        if node.op_type in ("GatherBlockQuantized", "Gather"):
+            plain = node.op_type == "Gather"
+            names = [node.input[0], *node.input[2:]]  # input 1: the token ids
+            self._embedding = self._stored(names, 0 if plain else bits)
+            self._pieces[EMBEDDING] = [_Piece(self._embedding, 0, self._embedding.rows)]
+        elif node.op_type in ("MatMulNBits", "FusedMatMul"):
+            stored = self._stored(node.input[1:], bits if node.op_type == "MatMulNBits" else 0)
+            if node.name.split(".")[0] == "lm_head":
+                self._add_head(stored)
+            else:
+                self._add_matrix(node.name, stored)
+        elif node.op_type in _NORMS:
+            weight = self._initializer(node.input[-1])
+            self._pieces[f"{node.name}.weight"] = [_Piece(_Stored(weight, None, None, 0, 1), 0, 1)]
+
+    def _initializer(self, name: str) -> onnx.TensorProto:
+        if name not in self._initializers:
+            raise ArtifactError(f"{self._path}: no initializer '{name}' among {len(self._initializers)}")
+        return self._initializers[name]
+
+    def _stored(self, names: Any, bits: int) -> _Stored:
+        """The matrix made of these initializers: integers, scales, perhaps zero points."""
+        weight, scales, zeros = [self._initializer(n) for n in names] + [None] * (3 - len(names))
+        return _Stored(weight, scales, zeros, bits, weight.dims[0])
+
+    def _add_head(self, stored: _Stored) -> None:
+        """A slice of the head; tied, its rows are the embedding's and `tie` proves it."""
+        self._head.append(stored)
+        if not self._config.tied:
+            self._pieces.setdefault(HEAD, []).append(_Piece(stored, 0, stored.rows))
+
+    def _add_matrix(self, name: str, stored: _Stored) -> None:
+        """One projection, or several stacked."""
+        layer, _, last = name.rpartition(".")
+        c = self._config
+        queries = c.num_heads * c.head_dim
+        stacks = {
+            "qkv_proj": {"q_proj": queries, "k_proj": c.kv_dim, "v_proj": c.kv_dim},
+            "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
+        }
+        parts = stacks.get(last, {last: stored.rows})
+        if sum(parts.values()) != stored.rows:
+            raise ArtifactError(f"{self._path}: '{name}' has {stored.rows} rows, but {parts} are due")
+        first = 0
+        for part, rows in parts.items():
+            self._pieces[f"{layer}.{part}.weight"] = [_Piece(stored, first, rows)]
+            first += rows
+
+    def _read(self, tensor: onnx.TensorProto, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of an initializer, as stored; (1, n) for a vector. Copies only those."""
+        kind = np.dtype(ELEMENTS[tensor.data_type])
+        dims = list(tensor.dims) if len(tensor.dims) > 1 else [1, *tensor.dims]
+        row = math.prod(dims[1:]) * kind.itemsize
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor).reshape(dims)[start:stop]
+        at = External.of(tensor, self._folder)
+        if at.path not in self._handles:
+            self._handles[at.path] = os.open(at.path, os.O_RDONLY)
+        data = os.pread(self._handles[at.path], (stop - start) * row, at.offset + start * row)
+        return np.frombuffer(data, kind).reshape(stop - start, *dims[1:])
+
+    def _decode(self, stored: _Stored, start: int, stop: int) -> Logits:
+        """(integer - zero point) * scale, or the floats themselves; (rows, columns)."""
+        weight = self._read(stored.weight, start, stop)
+        if stored.scales is None:
+            return weight.astype(np.float32)
+        scales = self._read(stored.scales, start, stop)
+        rows, blocks = scales.shape
+        integers = _unpack(weight.reshape(rows, -1), stored.bits).reshape(rows, blocks, -1)
+        zeros = np.full((rows, blocks), 1 << (stored.bits - 1), np.float32)
+        if stored.zero_points is not None:
+            zeros[:] = _unpack(self._read(stored.zero_points, start, stop), stored.bits)[:, :blocks]
+        values = (integers.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+        return values.reshape(rows, -1)
+
+    def _same_bytes(self, one: onnx.TensorProto, parts: list[onnx.TensorProto]) -> None:
+        """The parts follow each other through exactly the byte range of the one."""
+        if [p.name for p in parts] == [one.name]:
+            return
+        if any(t.data_location != onnx.TensorProto.EXTERNAL for t in (one, *parts)):
+            raise VerificationError(
+                f"{self._path}: '{one.name}' and the head's '{parts[0].name}' are two copies"
+            )
+        whole = External.of(one, self._folder)
+        at = whole.offset
+        for part in parts:
+            found = External.of(part, self._folder)
+            if (found.path, found.offset) != (whole.path, at):
+                raise VerificationError(
+                    f"{self._path}: embedding and head are two copies: '{part.name}' is at byte "
+                    f"{found.offset} of {found.path.name}, '{one.name}' at {whole.offset} of {whole.path.name}"
+                )
+            at += found.length
+        if at != whole.offset + whole.length:
+            raise VerificationError(
+                f"{self._path}: the head has {at - whole.offset} bytes of the embedding's {whole.length}"
+            )
+
+    def _once(self) -> str:
+        """The size of the data file leaves no room for a second copy."""
+        assert self._embedding is not None
+        if self._embedding.weight.data_location != onnx.TensorProto.EXTERNAL:
+            return f"embedding and head are one initializer, '{self._embedding.weight.name}'"
+        tied = External.of(self._embedding.weight, self._folder)
+        ranges = {
+            at
+            for t in self._graph.initializer
+            if t.data_location == onnx.TensorProto.EXTERNAL
+            and (at := External.of(t, self._folder)).path == tied.path
+        }
+        used, end = 0, 0
+        for at in sorted(ranges, key=lambda r: (r.offset, -r.length)):
+            used += max(0, at.offset + at.length - max(at.offset, end))
+            end = max(end, at.offset + at.length)
+        size = tied.path.stat().st_size
+        if size - used >= tied.length:
+            raise VerificationError(
+                f"{tied.path}: {size - used} of its {size} bytes belong to no tensor: room for a second copy"
+            )
+        return (
+            f"embedding and head read the same {tied.length} bytes of {tied.path.name}, from {tied.offset} "
+            f"on; the file's {size} bytes hold them once"
+        )
+
+
+def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """(rows, bytes) -> (rows, bytes * 8 / bits): the lowest bits of a byte come first."""
+    per_byte = 8 // bits
+    integers = np.empty((packed.shape[0], packed.shape[1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        integers[:, place::per_byte] = (packed >> (bits * place)) & ((1 << bits) - 1)
+    return integers
