@@ -266,14 +266,14 @@ class Checkpoint:
         generation = read_json_object(path) if path.is_file() else {}
         t = self._tokenizer
         ours = dict(zip(_TOKEN_IDS, (t.bos_id, t.eos_id, t.pad_id), strict=True))
-        wrong = [
-            f"{file} says {key} {fields[key]}, the tokenizer {ours[key]}"
-            for file, fields in (("config.json", self._hf), (path.name, generation))
-            for key in _TOKEN_IDS[:2]
-            if fields.get(key) is not None and not self._agrees(key, fields[key], ours[key])
-        ]
-        if wrong:
-            self.notes.append(f"{'; '.join(wrong)}: the tokenizer is right")
+        for file, fields in (("config.json", self._hf), (path.name, generation)):
+            wrong = [
+                f"{key} is {fields[key]} ({ours[key]} in the tokenizer)"
+                for key in _TOKEN_IDS[:2]
+                if fields.get(key) is not None and not self._agrees(key, fields[key], ours[key])
+            ]
+            if wrong:
+                self.notes.append(f"{file}: {', '.join(wrong)}; the tokenizer decides")
         stops = sorted(t.stop_ids)
         ours["eos_token_id"] = stops if len(stops) > 1 else ours["eos_token_id"]  # type: ignore[assignment]
         return {**generation, **{key: value for key, value in ours.items() if value is not None}}
@@ -307,6 +307,9 @@ def write_checkpoint(
     ids = dict(token_ids or {})
     try:
         partial.mkdir(parents=True)
+        need, free = config.num_parameters() * dtype.itemsize, shutil.disk_usage(partial).free
+        if need > free:
+            raise CheckpointError(f"{folder}: needs {need} bytes, but only {free} are free on that disk")
         with SafetensorsWriter(partial / "model.safetensors", config.tensor_shapes(), dtype) as writer:
             for name, rows in tensors:
                 writer.write_rows(name, rows)

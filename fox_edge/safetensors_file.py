@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from fox_edge.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 8
 _PREFIX_BYTES = 8
+# Advice that not every system takes.
+_DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 # The float types a checkpoint may have, by the format's names.
 FLOATS: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -76,14 +78,14 @@ class SafetensorsFile:
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of bytes [start, stop) of a tensor back; they are read again on demand."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        if _DONTNEED is None:
             return
         info = self.tensors[name]
         first = info.start + start
         last = info.stop if stop is None else min(info.start + stop, info.stop)
         first -= first % mmap.PAGESIZE
         if last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self._map.madvise(_DONTNEED, first, last - first)
 
 
 def _read_header(path: Path, read: Any, size: int) -> dict[str, TensorInfo]:
@@ -139,7 +141,7 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     """Whether this is a list of integers from 0, none absurd."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 

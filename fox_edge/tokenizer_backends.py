@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,11 @@ class JsonBackend:
         self.add_space_prefix = not byte_level and _json_space_prefix(fields)
         declared = _json_added(path, fields, added)
         self.pieces, _ = _with_added(path, _json_pieces(path, vocab, merges, byte_level), declared)
+        own = {token["content"] for token in fields.get("added_tokens") or []}
+        self.pieces = [
+            replace(p, kind="user_defined") if p.text in own and p.kind == "normal" else p
+            for p in self.pieces
+        ]
         unk = model.get("unk_token")
         if isinstance(unk, str) and unk in vocab:
             id = self.special_ids["unk"] = vocab[unk]
@@ -269,6 +275,8 @@ def _json_pieces(path: Path, vocab: dict[str, Any], merges: list[Any], byte_leve
         if not isinstance(pair, list) or len(pair) != 2:
             raise TokenizerError(f"{path}: merge {rank} is {str(merge)[:60]!r}, but two pieces are due")
         scores.setdefault(f"{pair[0]}{pair[1]}", -float(rank))
+    # A piece that no merge makes must not be preferred to one that a merge does.
+    unmerged = -float(len(merges) + 1)
     out: list[Piece | None] = [None] * len(vocab)
     for text, id in vocab.items():
         if type(id) is not int or not 0 <= id < len(out) + _MAX_ADDED:
@@ -276,7 +284,9 @@ def _json_pieces(path: Path, vocab: dict[str, Any], merges: list[Any], byte_leve
         out += [None] * (id + 1 - len(out))
         if out[id] is not None:
             raise TokenizerError(f"{path}: pieces '{out[id].text}' and '{text}' share id {id}")  # type: ignore[union-attr]
-        out[id] = Piece(text, scores.get(text, 0.0), _json_kind(text, byte_level))
+        out[id] = Piece(
+            text, scores.get(text, unmerged if len(text) > 1 else 0.0), _json_kind(text, byte_level)
+        )
     return [piece or Piece(f"<unused_{id}>", 0.0, "unused") for id, piece in enumerate(out)]
 
 
