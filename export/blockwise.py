@@ -87,7 +87,7 @@ def _asymmetric_ends(x: Tensor) -> tuple[Tensor, Tensor]:
 def _round(x: Tensor, first: Tensor, last: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Integers (R, B, K), scales, zero points and squared errors (R, B), all float32, for given ends."""
     levels = 2**bits - 1
-    scales = (last - first) / levels
+    scales = last / levels - first / levels  # the difference itself could overflow
     scales = torch.where(scales.abs() < SMALLEST_STEP, 0.0, scales)
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     zeros = (-first * inverse).round_()
