@@ -210,7 +210,7 @@ class OnnxFile:
             if (found.path, found.offset) != (whole.path, at):
                 raise VerificationError(
                     f"{self._path}: embedding and head are two copies: '{part.name}' is at byte "
-                    f"{found.offset} of {found.path.name}, '{one.name}' at {whole.offset} of {whole.path.name}"
+                    f"{found.offset} of {found.path.name}, but {at} of {whole.path.name} is due"
                 )
             at += found.length
         if at != whole.offset + whole.length:
