@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fox_edge.config import FoxConfig, read_json_object
 from fox_edge.errors import CheckpointError, TokenizerError
@@ -37,6 +38,16 @@ _LEFTOVER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Progress = Callable[[int, int], None]
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the random initialization of modules; on the meta device it would import half of torch for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 class Checkpoint:
@@ -106,7 +117,7 @@ class Checkpoint:
         for name in self._shapes:
             for start, stop in self._row_pieces(name):
                 self.float_rows(name, start, stop)
-            self.release(name)
+                self._release_rows(name, start, stop)
             done += self._bytes(name)
             if progress is not None:
                 progress(done, total)
@@ -138,7 +149,7 @@ class Checkpoint:
 
     def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Fox:
         """The reference model in `dtype`, for inference. Memory: the model once, and one piece of 32 MiB."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = Fox(self.config)
         for name, shape in self._shapes.items():
             weight = torch.empty(shape, dtype=dtype, device=device)

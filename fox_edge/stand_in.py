@@ -24,7 +24,7 @@ _LEFT, _RIGHT = re.compile(f"{_SPACE}?[a-z]{{1,5}}"), re.compile("[a-z]{1,5}")
 
 
 def stand_in_pieces(nano: list[Piece], size: int) -> list[Piece]:
-    """`size` pieces by id. Raises TokenizerError when `size` cannot hold nano's pieces and the special ones."""
+    """`size` pieces by id. Raises TokenizerError when `size` is below nano's and the special ones."""
     normal = [piece for piece in nano if piece.kind == "normal"]
     pieces = _special_pieces()
     room = size - len(pieces) - len(normal)
