@@ -1,6 +1,6 @@
-"""The ceiling of decoding one token at a time: memory that must be read, over how fast it can be.
+"""The ceiling of decoding one token at a time: how fast memory can be read here.
 
-Knows memory and arithmetic; not models' files or runtimes. One way to read understates a machine (another
+Knows memory; not models, files or runtimes. One way to read understates a machine (another
 library then seems to pass 100 %), so the bandwidth is the best of several ways.
 """
 
@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 
 from benchmarks.machine import available_cores, available_memory_bytes
-from fox_edge.config import FoxConfig
 
 LARGEST_BUFFER_BYTES = 1 << 30
 _SMALLEST_BUFFER_BYTES = 1 << 20
@@ -36,23 +34,23 @@ class Bandwidth:
     methods: dict[str, float]
 
 
-def read_bandwidth(
-    working_set_bytes: int = LARGEST_BUFFER_BYTES, threads: int | None = None, seconds: float = 1.0
-) -> Bandwidth:
-    """Measure how fast a working set of this size can be read, with all threads.
+def buffer_bytes(working_set_bytes: int) -> int:
+    """The buffer that stands for a working set: the power of two not above it, from 1 MiB to 1 GiB.
 
-    The buffer is the next power of two below the working set, from 1 MiB to 1 GiB (less on a small
-    machine): a model that fits a processor's cache has the cache's ceiling, not the memory's. Takes
-    about `seconds`; best pass of each way, best way of all.
+    Less on a small machine. A model that fits a processor's cache has the cache's ceiling, not the memory's.
+    """
+    limit = min(LARGEST_BUFFER_BYTES, available_memory_bytes() // 8)
+    return 1 << (max(_SMALLEST_BUFFER_BYTES, min(working_set_bytes, limit)).bit_length() - 1)
+
+
+def read_bandwidth(
+    size: int = LARGEST_BUFFER_BYTES, threads: int | None = None, seconds: float = 1.0
+) -> Bandwidth:
+    """Measure how fast a buffer of `size` bytes can be read, with all threads.
+
+    Takes about `seconds` (and as long again to fill a large buffer); best pass of each way, best way of all.
     """
     threads = threads or available_cores()
-    limit = min(LARGEST_BUFFER_BYTES, available_memory_bytes() // 8)
-    size = 1 << (max(_SMALLEST_BUFFER_BYTES, min(working_set_bytes, limit)).bit_length() - 1)
-    return _measured(size, threads, seconds)
-
-
-@cache
-def _measured(size: int, threads: int, seconds: float) -> Bandwidth:
     # Ones, not zeros: untouched zero pages would all be one physical page.
     buffer = torch.ones(size // 4, dtype=torch.float32)
     before = torch.get_num_threads()
@@ -106,15 +104,3 @@ def _best(way: Callable[[int], None], size: int, seconds: float) -> float:
         best = max(best, passes * size / (end - start))
         if end > deadline:
             return best
-
-
-def bytes_per_token(
-    config: FoxConfig, weight_bytes: int, embedding_bytes: int, positions: int, kv_value_bytes: int = 2
-) -> int:
-    """Bytes that decoding one token at batch 1 must read, with `positions` tokens in the KV cache.
-
-    Every weight once. A tied matrix is read whole, as the head; an untied embedding only gives one row.
-    """
-    kv = 2 * config.num_layers * config.kv_dim * kv_value_bytes * positions
-    unread = 0 if config.tied else embedding_bytes - embedding_bytes // config.vocab_size
-    return weight_bytes - unread + kv

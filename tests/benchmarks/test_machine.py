@@ -9,8 +9,7 @@ import time
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.roofline import bytes_per_token, read_bandwidth
-from fox_edge.config import FoxConfig
+from benchmarks.roofline import buffer_bytes, read_bandwidth
 
 MB = 1 << 20
 
@@ -33,7 +32,7 @@ def test_an_allocation_shows_in_peak_and_leaves_the_present():
         assert 60 * MB < during.anonymous - before.anonymous < 80 * MB
         del block
         assert machine.memory().anonymous < during.anonymous - 60 * MB
-        assert machine.memory().peak_rss >= during.rss
+        assert machine.memory().peak_rss >= during.rss - MB  # the system counts in batches
 
 
 def test_a_mapped_file_counts_as_file_and_not_as_anonymous(tmp_path):
@@ -58,7 +57,7 @@ def test_a_child_does_not_inherit_its_parent_s_peak():
 
 
 def test_bandwidth_is_the_best_way_and_no_less_than_a_plain_sum():
-    found = read_bandwidth(48 * MB, threads=1, seconds=0.4)
+    found = read_bandwidth(buffer_bytes(48 * MB), threads=1, seconds=0.4)
     assert (found.buffer_bytes, found.threads) == (32 * MB, 1)
     assert found.bytes_per_s == max(found.methods.values()) == found.methods[found.method]
     buffer = np.ones(32 * MB // 8)
@@ -77,23 +76,8 @@ def test_every_way_reads_the_whole_buffer():
     assert len(found.methods) == 4
 
 
-def test_bytes_per_token_of_fox_1_by_hand():
-    config = FoxConfig.fox_1()
-    weights = 2 * config.num_parameters()
-    # BF16: 3,330,543,616 bytes, and 64 KiB of KV cache for each of 100 positions.
-    assert bytes_per_token(config, weights, 2 * 256_000 * 2048, 100) == 3_330_543_616 + 100 * 65_536
-
-
-def test_an_untied_embedding_is_read_one_row_per_token():
-    config = FoxConfig(
-        vocab_size=100,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_positions=16,
-        tied=False,
-    )
-    assert bytes_per_token(config, 50_000, 100 * 8 * 2, 0) == 50_000 - 99 * 8 * 2
+def test_a_working_set_is_stood_for_by_a_power_of_two():
+    assert buffer_bytes(1) == MB
+    assert buffer_bytes(64 * MB) == 64 * MB
+    assert buffer_bytes(127 * MB) == 64 * MB
+    assert buffer_bytes(1 << 40) <= 1 << 30
