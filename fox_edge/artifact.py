@@ -170,8 +170,10 @@ class Artifact:
                 yield name
 
 
-def export_summary(artifact: Artifact, seconds: float, peak_rss_bytes: int) -> dict[str, Any]:
-    """What `export` prints. `seconds` and `peak_rss_bytes` are the export's own, without verification."""
+def export_summary(
+    artifact: Artifact, seconds: float, peak_rss_bytes: int, peak_anonymous_bytes: int
+) -> dict[str, Any]:
+    """What `export` prints. `seconds` and the peaks are the export's own, without verification."""
     manifest, verification = artifact.manifest, artifact.manifest.verification or {}
     return {
         "artifact": str(artifact.path),
@@ -182,6 +184,7 @@ def export_summary(artifact: Artifact, seconds: float, peak_rss_bytes: int) -> d
         "tied_copies": 1 if manifest.tied else None,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
+        "peak_anonymous_bytes": peak_anonymous_bytes,
         "verify_seconds": verification.get("seconds"),
         "mean_kl_nats": verification.get("mean_kl_nats"),
         "top1_agreement_percent": verification.get("top1_agreement_percent"),

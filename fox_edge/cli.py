@@ -48,16 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from benchmarks.peak import AnonymousPeak
     from benchmarks.verify import Verifier
     from fox_edge.artifact import export_summary, export_text
 
     recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
-    verifier = Verifier(checkpoint, recipe.limits, Path(args.out), text=text, threads=args.threads)
-    start = time.monotonic()
-    with Progress(f"exporting {args.format} {recipe.name}") as progress:
+    start, out = time.monotonic(), Path(args.out)
+    with AnonymousPeak() as peak, Progress(f"exporting {args.format} {recipe.name}") as progress:
+        verifier = Verifier(checkpoint, recipe.limits, out, text=text, threads=args.threads, watch=peak)
         artifact = _exporter(args.format)(
             checkpoint,
-            Path(args.out),
+            out,
             recipe,
             replace=args.replace,
             threads=args.threads,
@@ -65,7 +66,8 @@ def _export(args: argparse.Namespace) -> None:
             verify=verifier,
         )
     seconds = time.monotonic() - start - verifier.seconds
-    _print(args, export_summary(artifact, seconds, verifier.peak_rss_before_bytes), export_text)
+    peaks = (verifier.peak_rss_before_bytes, verifier.peak_anonymous_before_bytes)
+    _print(args, export_summary(artifact, seconds, *peaks), export_text)
 
 
 def _verify(args: argparse.Namespace) -> int:
