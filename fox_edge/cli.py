@@ -96,11 +96,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from runtimes.terminal import chat_in_terminal
-
     from fox_edge.artifact import Artifact
     from runtimes.base import SessionOptions
     from runtimes.generate import Sampling
+    from runtimes.terminal import chat_in_terminal
 
     chat_in_terminal(
         Artifact.open(Path(args.artifact)),
