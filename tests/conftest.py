@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fox_edge.checkpoint import Checkpoint
 from tests.helpers import TINY_256, make_checkpoint
+
+# The models here are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
