@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fox_edge.checkpoint import Checkpoint
 from torch import Tensor
 
 from export.common import (
@@ -32,6 +31,7 @@ from export.common import (
 from export.ggml import library, quantize
 from export.gguf_header import TensorPlace, pad, stored_name, write_header
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
+from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, RecipeError
 from fox_edge.quant import GGUF, TYPES, Assignment, Recipe

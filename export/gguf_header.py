@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fox_edge.checkpoint import Checkpoint
 
 from export.common import hub_id, license_of
 from export.ggml import TYPE_NUMBERS
+from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import MissingPackageError, TokenizerError
 from fox_edge.quant import EMBEDDING, HEAD, Recipe
 from fox_edge.tokenizer import Piece, Tokenizer
@@ -176,7 +176,7 @@ def padded_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[Piece]:
             f"the tokenizer is {tokenizer.algorithm}, but fox-edge writes SentencePiece BPE vocabularies, "
             "which Fox-1 has, to GGUF"
         )
-    pieces = tokenizer.pieces()
+    pieces = [_as_llama_cpp_writes(piece) for piece in tokenizer.pieces()]
     if len(pieces) > vocab_size:
         raise TokenizerError(
             f"the tokenizer has {len(pieces)} pieces, but the model has {vocab_size} rows of embedding"
@@ -189,6 +189,13 @@ def padded_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[Piece]:
             )
     unused = (f"<unused_row_{n}>" for n in range(len(pieces), vocab_size))
     return pieces + [Piece(text, 0.0, "unused") for text in unused]
+
+
+def _as_llama_cpp_writes(piece: Piece) -> Piece:
+    """llama.cpp looks for user-defined pieces before it turns spaces into U+2581, so they hold spaces."""
+    if piece.kind != "user_defined":
+        return piece
+    return Piece(piece.text.replace("\u2581", " "), piece.score, piece.kind)
 
 
 def end_of_turn_id(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> int | None:

@@ -130,7 +130,7 @@ class _Batch:
     def fill(self, tokens: Sequence[int], wanted: int) -> Any:
         """Put tokens in; logits are computed for the last `wanted` of them."""
         count = len(tokens)
-        flags: list[ctypes.c_int8 | int] = [0] * (count - wanted) + [1] * wanted
+        flags: list[ctypes.c_int8 | int] = [int(n >= count - wanted) for n in range(count)]
         # int(): a numpy integer is no integer to ctypes.
         self._tokens[:count] = [int(token) for token in tokens]
         self._wanted[:count] = flags

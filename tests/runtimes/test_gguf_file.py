@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tokenizers
+from safetensors.torch import save_file
 
 from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
@@ -19,7 +22,9 @@ from fox_edge.errors import ArtifactError, VerificationError
 from fox_edge.quant import EMBEDDING, GGUF, TYPES, find_recipe
 from runtimes.base import ModelFile, open_model_file
 from runtimes.gguf_file import ArrayInfo, GgufFile, read_header
-from tests.helpers import PROBES
+from tests.helpers import PROBES, TINY, make_checkpoint, random_tensors
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +226,27 @@ def test_a_closed_file_says_so(int4: Artifact) -> None:
     file.close()
     with pytest.raises(ArtifactError, match="is closed"):
         file.rows(EMBEDDING, 0, 1)
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_a_vocabulary_from_tokenizer_json_merges_in_the_same_order(text: str, nano_json: Artifact) -> None:
+    """Without tokenizer.model, the scores that llama.cpp merges by come from the ranks of the merges."""
+    oracle = tokenizers.Tokenizer.from_file(str(nano_json.path / "tokenizer.json"))
+    file = GgufFile(nano_json)
+    expected = oracle.encode(text, add_special_tokens=False).ids
+    assert file.tokenize(text, special=True) == expected
+    file.close()
+
+
+@pytest.fixture(scope="module")
+def nano_json(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Nano's tokenizer.json, without its tokenizer.model, on random weights of its vocabulary."""
+    folder = tmp_path_factory.mktemp("nano_json")
+    checkpoint = make_checkpoint(folder / "checkpoint", TINY)
+    (checkpoint / "tokenizer.model").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(REPOSITORY / "fox_edge" / "nano" / name, checkpoint / name)
+    config = dataclasses.replace(TINY, vocab_size=8192)
+    (checkpoint / "config.json").write_text(json.dumps(config.to_hf()))
+    save_file(random_tensors(config), checkpoint / "model.safetensors")
+    return export_gguf(Checkpoint.open(checkpoint), folder / "out", find_recipe(GGUF, "int8"))

@@ -23,6 +23,8 @@ from runtimes.llama_cpp import BATCH, LlamaCppSession, physical_cores
 from tests.helpers import TINY, make_checkpoint
 
 F32, FLASH_OFF = 0, 0
+# Two threads wait for each other by spinning: on a busy machine that takes ten times as long.
+ONE = SessionOptions(threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_logits_are_the_reference_models(
     artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, quant))
     ids = tokens(100)
     expected = reference(checkpoint, ids)
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         assert session.vocab_size == 512
         # With f16 weights llama.cpp rounds the activations to f16 too.
         tolerance = 2e-4 if quant == "f32" else 2e-2
@@ -80,7 +82,7 @@ def test_logits_are_the_reference_models(
 def test_the_default_cache_is_close(artifact: Artifact, tiny_256: Checkpoint) -> None:
     ids = tokens(100)
     expected = reference(tiny_256, ids)
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         assert np.abs(scored(session, ids) - expected).max() < 0.02 * expected.std()
 
 
@@ -89,14 +91,14 @@ def test_int8_and_int4_stay_near(tiny_256: Checkpoint, tmp_path: Path) -> None:
     expected = reference(tiny_256, ids)
     for quant, most in (("int8", 0.05), ("int4", 0.5)):
         made = export_gguf(tiny_256, tmp_path / quant, find_recipe(GGUF, quant))
-        with LlamaCppSession(made) as session:
+        with LlamaCppSession(made, ONE) as session:
             error = np.sqrt(np.square(scored(session, ids) - expected).mean()) / expected.std()
             assert 1e-4 < error < most
 
 
 def test_whole_chunks_and_steps_agree(artifact: Artifact, exact_cache: None) -> None:
     ids = tokens(SCORE_CHUNK + 20)
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         chunks = list(session.score(ids))
         assert [chunk.shape for chunk in chunks] == [(SCORE_CHUNK, 512), (20, 512)]
         assert all(chunk.dtype == np.float32 for chunk in chunks)
@@ -121,7 +123,7 @@ def test_prompts_of_several_batches(tiny_256: Checkpoint, tmp_path: Path, exact_
     made = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, "f32"))
     ids = tokens(2 * BATCH + 50)
     expected = reference(checkpoint, ids)
-    with LlamaCppSession(made) as session:
+    with LlamaCppSession(made, ONE) as session:
         assert session.context == config.max_positions
         np.testing.assert_allclose(session.prefill(ids), expected[-1], atol=2e-4)
         session.reset()
@@ -131,7 +133,7 @@ def test_prompts_of_several_batches(tiny_256: Checkpoint, tmp_path: Path, exact_
 
 def test_truncate_forgets_the_rest(artifact: Artifact, exact_cache: None) -> None:
     ids, other = tokens(40), tokens(5, seed=1)
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         session.prefill(ids[:20])
         straight = session.prefill(other)
         session.reset()
@@ -144,7 +146,7 @@ def test_truncate_forgets_the_rest(artifact: Artifact, exact_cache: None) -> Non
 
 
 def test_logits_are_the_callers_own(artifact: Artifact) -> None:
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         first = session.prefill([5, 6, 7])
         kept = first.copy()
         session.step(8)
@@ -152,14 +154,14 @@ def test_logits_are_the_callers_own(artifact: Artifact) -> None:
 
 
 def test_numpy_integers_are_tokens_too(artifact: Artifact) -> None:
-    with LlamaCppSession(artifact) as session:
+    with LlamaCppSession(artifact, ONE) as session:
         expected = session.prefill([9, 10])
         session.reset()
         np.testing.assert_array_equal(session.prefill(np.array([9, 10])), expected)  # type: ignore[arg-type]
 
 
 def test_a_prompt_longer_than_the_context_changes_nothing(artifact: Artifact) -> None:
-    with LlamaCppSession(artifact, SessionOptions(context=32)) as session:
+    with LlamaCppSession(artifact, SessionOptions(context=32, threads=1)) as session:
         expected = session.prefill(tokens(10))
         with pytest.raises(ContextOverflowError, match="10 tokens and 23 more do not fit a context of 32"):
             session.prefill(tokens(23))
@@ -184,12 +186,12 @@ def test_a_context_beyond_the_model(artifact: Artifact, context: int) -> None:
 
 @pytest.mark.parametrize("ids", [[-1], [512], [5, 100_000]])
 def test_ids_outside_the_vocabulary(artifact: Artifact, ids: list[int]) -> None:
-    with LlamaCppSession(artifact) as session, pytest.raises(FoxEdgeError, match="vocabulary of 512"):
+    with LlamaCppSession(artifact, ONE) as session, pytest.raises(FoxEdgeError, match="vocabulary of 512"):
         session.prefill(ids)
 
 
 def test_nothing_to_go_on_from(artifact: Artifact) -> None:
-    with LlamaCppSession(artifact) as session, pytest.raises(FoxEdgeError, match="at least one token"):
+    with LlamaCppSession(artifact, ONE) as session, pytest.raises(FoxEdgeError, match="at least one token"):
         session.prefill([])
 
 
@@ -230,7 +232,8 @@ def test_it_is_silent_and_ends_well(artifact: Artifact) -> None:
 from pathlib import Path
 from fox_edge.artifact import Artifact
 from runtimes.base import open_session
-session = open_session(Artifact.open(Path({str(artifact.path)!r})))
+from runtimes.base import SessionOptions
+session = open_session(Artifact.open(Path({str(artifact.path)!r})), SessionOptions(threads=1))
 session.prefill([5, 6])
 """
     done = subprocess.run(
