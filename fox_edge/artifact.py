@@ -187,6 +187,7 @@ def export_summary(
         "peak_anonymous_bytes": peak_anonymous_bytes,
         "verify_seconds": verification.get("seconds"),
         "mean_kl_nats": verification.get("mean_kl_nats"),
+        "p99_kl_nats": verification.get("p99_kl_nats"),
         "top1_agreement_percent": verification.get("top1_agreement_percent"),
         "notes": list(manifest.notes),
     }

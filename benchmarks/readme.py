@@ -1,0 +1,120 @@
+"""The README's tables, made from the results files, so that no number in it is typed by hand.
+
+    python -m benchmarks.readme        rewrites the tables of README.md; a test checks that nothing changes
+
+A table stands between `<!-- NAME table: FILE -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str, root: Path = ROOT) -> str:
+    """The text with every table made anew from its results file."""
+
+    def fill(block: re.Match[str]) -> str:
+        results = json.loads((root / block["file"]).read_text(encoding="utf-8"))
+        return f"{block[1]}{_TABLES[block['name']](results)}\n{block[4]}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def demo_table(report: Mapping[str, Any]) -> str:
+    """What the demo printed, and the published row marked as not ours."""
+    rows = []
+    for row in report["rows"]:
+        rows.append(
+            [
+                row["name"],
+                _mb(row["bytes"]),
+                f"{row['load_s']:.2f}",
+                f"{1e3 * row['time_to_first_token_s']:,.0f}",
+                f"{row['prompt_tokens_per_s']:,.0f}",
+                f"{row['decode_tokens_per_s']:,.0f}",
+                _mb(row["peak_rss_bytes"]),
+                f"{row['mean_kl_nats']:.2g}",
+                f"{row['top1_agreement_percent']:.1f}",
+                f"{row['correct']} of {row['n']}",
+            ]
+        )
+    base = report["baseline"]
+    rows.append(
+        [
+            "*not ours: Fox-1 BF16 on an H100 (paper)*",
+            *("", "", "", ""),
+            f"*over {base['decode_tokens_per_s']}*",
+            f"*{_mb(base['peak_rss_bytes'])}*",
+            *("", "", ""),
+        ]
+    )
+    head = ("nano as", "MB", "load, s", "first token, ms", "prompt tok/s", "decode tok/s")
+    head += ("peak RSS, MB", "mean KL, nats", "top-1, %", "word problems right")
+    return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
+
+
+def full_shape_table(results: Mapping[str, Any]) -> str:
+    """Exports and runs at Fox-1's shape, ours beside the peers of the same run."""
+    exports = [
+        [
+            _who(row),
+            _mb(row["bytes"]),
+            f"{row['seconds']:.1f}",
+            _mb(row["peak_anonymous_bytes"]),
+            _mb(row["peak_rss_bytes"]),
+        ]
+        for row in results["exports"]
+    ]
+    runs = [
+        [
+            _who(row),
+            f"{row['prompt_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            _mb(row["peak_rss_bytes"]),
+        ]
+        for row in results["runs"]
+    ]
+    export_head = ("export", "MB", "wall, s", "peak anonymous, MB", "peak RSS, MB")
+    run_head = (
+        f"run ({results['prompt_tokens']}-token prompt)",
+        "prompt tok/s",
+        "decode tok/s",
+        "peak RSS, MB",
+    )
+    return "\n\n".join(
+        [_markdown(export_head, exports), _markdown(run_head, runs), _machine(results["machine"])]
+    )
+
+
+_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table, "full-shape": full_shape_table}
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    return f"{'**fox-edge**' if row['who'] == 'fox-edge' else row['who']} {row['artifact'].removeprefix('peer-')}"
+
+
+def _mb(size: int | float) -> str:
+    return f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    memory = machine["memory_bytes"] / 2**30
+    return f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB; Python {machine['python']}, {versions}."
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

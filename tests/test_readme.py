@@ -1,0 +1,81 @@
+"""The README is true: its commands parse, its tables come from the results files, its tree is the tree."""
+
+import re
+import shlex
+
+import pytest
+
+from benchmarks.readme import README, ROOT, with_tables
+from fox_edge import cli
+
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
+SHELL_LINES = [
+    line.split("#")[0].strip() for language, body in BLOCKS if language == "sh" for line in body.splitlines()
+]
+COMMANDS = [line for line in SHELL_LINES if line.startswith("fox-edge ")]
+INLINE = re.findall(r"`(fox-edge [^`]+)`", TEXT)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
+def test_commands_parse(command: str) -> None:
+    args = cli._parser().parse_args(shlex.split(command)[1:])
+    assert callable(args.run)
+
+
+def test_every_verb_is_shown() -> None:
+    shown = {shlex.split(command)[1] for command in [*COMMANDS, *INLINE]}
+    assert shown >= {"export", "verify", "inspect", "chat", "bench", "eval", "doctor", "new", "demo"}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {line.split()[1] for line in SHELL_LINES if line.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_ci_runs_the_readmes_own_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_tables_come_from_the_results_files() -> None:
+    assert "<!-- demo table: " in TEXT and "<!-- full-shape table: " in TEXT
+    assert with_tables(TEXT) == TEXT
+
+
+def tree_paths() -> list[str]:
+    """Paths of the README's file tree; two spaces of indent are one folder deeper."""
+    body = next(body for language, body in BLOCKS if language == "" and body.startswith("fox_edge/"))
+    folder, paths = "", []
+    for line in body.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        paths.append(name if not line.startswith(" ") else folder + name)
+    return paths
+
+
+def test_the_tree_is_the_tree() -> None:
+    told = {path.rstrip("/") for path in tree_paths()}
+    missing = [path for path in told if not (ROOT / path).exists()]
+    assert missing == []
+    rooms = ("fox_edge", "export", "runtimes", "benchmarks")
+    modules = {
+        str(path.relative_to(ROOT))
+        for room in rooms
+        for path in (ROOT / room).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert modules - told == set()
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_nothing_in_the_text_names_a_private_path() -> None:
+    assert not re.search(r"(?<![\w./])/(work|root|home|tmp)/", TEXT)
