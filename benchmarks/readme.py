@@ -98,7 +98,8 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table, "f
 
 
 def _who(row: Mapping[str, Any]) -> str:
-    return f"{'**fox-edge**' if row['who'] == 'fox-edge' else row['who']} {row['artifact'].removeprefix('peer-')}"
+    who = "**fox-edge**" if row["who"] == "fox-edge" else row["who"]
+    return f"{who} {row['artifact'].removeprefix('peer-')}"
 
 
 def _mb(size: int | float) -> str:
@@ -113,7 +114,8 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     memory = machine["memory_bytes"] / 2**30
-    return f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB; Python {machine['python']}, {versions}."
+    hardware = f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB"
+    return f"{hardware}; Python {machine['python']}, {versions}."
 
 
 if __name__ == "__main__":
