@@ -83,7 +83,7 @@ class OnnxSession:
         return self._score(self._check(tokens), start)
 
     def _score(self, ids: NDArray[np.int64], start: int) -> Iterator[Logits]:
-        """`score`, once it is sure that the tokens fit: the checks come with the call, not with the first row."""
+        """`score` after its checks, which come with the call and not with the first row."""
         for first in range(0, min(start, len(ids)), PREFILL_CHUNK):
             self._run(ids[first : min(first + PREFILL_CHUNK, start)], self._logits)
         for first in range(start, len(ids), SCORE_CHUNK):

@@ -20,6 +20,7 @@ from fox_edge.config import FoxConfig
 from fox_edge.errors import ArtifactError, CheckpointError, RecipeError, VerificationError
 from fox_edge.model import Fox
 from fox_edge.quant import EMBEDDING, GGUF, INT4_LIMITS, ONNX, Recipe, find_recipe
+from runtimes.base import SessionOptions
 from runtimes.onnx_file import OnnxFile
 from runtimes.onnxruntime import OnnxSession
 from tests.helpers import TINY, make_checkpoint
@@ -38,7 +39,14 @@ def reference(model: Fox, tokens: list[int] = TOKENS) -> np.ndarray:
 
 
 def logits_of(artifact: Artifact, tokens: list[int] = TOKENS) -> np.ndarray:
-    return np.concatenate(list(OnnxSession(artifact).score(tokens)))
+    return np.concatenate(list(OnnxSession(artifact, SessionOptions(threads=1)).score(tokens)))
+
+
+def plain_session(model: Path) -> ort.InferenceSession:
+    """onnxruntime without our session around it; one thread, so that a busy machine does not matter."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def as_stored(artifact: Artifact, checkpoint: Checkpoint) -> Fox:
@@ -128,7 +136,7 @@ def onnx_graph(artifact: Artifact) -> onnx.GraphProto:
 def test_anyone_can_run_it_with_plain_inputs(tiny: Checkpoint, tmp_path: Path) -> None:
     """The names and shapes that Optimum expects: a batch, an empty and a growing past, no logits_to_keep."""
     artifact = export_onnx(tiny, tmp_path / "out", find_recipe(ONNX, "float32"))
-    session = ort.InferenceSession(artifact.model_path, providers=["CPUExecutionProvider"])
+    session = plain_session(artifact.model_path)
     assert "logits_to_keep" not in [i.name for i in session.get_inputs()]
     batch = [TOKENS[:20], TOKENS[20:40]]
     past = {
@@ -152,7 +160,7 @@ def test_anyone_can_run_it_with_plain_inputs(tiny: Checkpoint, tmp_path: Path) -
 @pytest.mark.parametrize(("keep", "rows"), [(0, 20), (1, 1), (7, 7), (20, 20), (1000, 20)])
 def test_logits_to_keep(keep: int, rows: int, tiny: Checkpoint, tmp_path: Path) -> None:
     artifact = export_onnx(tiny, tmp_path / "out", find_recipe(ONNX, "float32"))
-    session = ort.InferenceSession(artifact.model_path, providers=["CPUExecutionProvider"])
+    session = plain_session(artifact.model_path)
     feeds = {
         i.name: np.zeros((1, TINY.num_kv_heads, 0, TINY.head_dim), np.float32)
         for i in session.get_inputs()
@@ -248,7 +256,9 @@ def test_a_nan_weight_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_failed_verification_leaves_nothing(tiny: Checkpoint, tmp_path: Path) -> None:
     def refuse(artifact: Artifact) -> dict[str, object]:
-        assert OnnxSession(artifact).prefill(TOKENS[:3]).shape == (TINY.vocab_size,)
+        assert OnnxSession(artifact, SessionOptions(threads=1)).prefill(TOKENS[:3]).shape == (
+            TINY.vocab_size,
+        )
         raise VerificationError("not the model")
 
     with pytest.raises(VerificationError, match="not the model"):

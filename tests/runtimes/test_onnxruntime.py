@@ -41,7 +41,7 @@ def want(tiny: Checkpoint) -> np.ndarray:
 
 @pytest.fixture
 def session(artifact: Artifact) -> OnnxSession:
-    return OnnxSession(artifact)
+    return OnnxSession(artifact, SessionOptions(threads=1))
 
 
 def test_it_is_a_session(artifact: Artifact) -> None:
