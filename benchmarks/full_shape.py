@@ -185,6 +185,31 @@ print(json.dumps({"load_s": load, "prompt_tokens_per_s": prompts[-1], "decode_to
 """
 
 
+_REFERENCE_LOAD = """
+import json, sys, time
+import torch
+from benchmarks.machine import memory
+from fox_edge.checkpoint import Checkpoint
+before = memory()
+start = time.perf_counter()
+model = Checkpoint.open(sys.argv[1]).load_model(torch.bfloat16)
+after = memory()
+print(json.dumps({
+    "load_s": time.perf_counter() - start,
+    "weights_bytes": sum(w.nbytes for w in model.parameters()),
+    "rss_before_bytes": before.rss,
+    "peak_rss_bytes": after.peak_rss,
+}))
+"""
+
+
+def reference_load(checkpoint: Path) -> dict[str, Any]:
+    """What loading the BF16 reference model takes, in a process of its own."""
+    found: dict[str, Any] = json.loads(run([sys.executable, "-c", _REFERENCE_LOAD, checkpoint]).stdout)
+    found["peak_over_weights"] = found["peak_rss_bytes"] / found["weights_bytes"]
+    return found
+
+
 def our_runs(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """One round of `fox-edge bench` over the exports."""
     found = fox_edge(
@@ -233,6 +258,46 @@ def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return merged
 
 
+# What is held against what: (label, section, figure, our artifact, the peer's).
+_RATIOS = (
+    ("GGUF int4 export, wall", "exports", "seconds", "gguf-int4", "peer-Q4_K_M.gguf"),
+    ("GGUF int8 export, wall", "exports", "seconds", "gguf-int8", "peer-Q8_0.gguf"),
+    ("ONNX int4 export, wall", "exports", "seconds", "onnx-int4", "peer-genai"),
+    ("ONNX int4 export, peak RSS", "exports", "peak_rss_bytes", "onnx-int4", "peer-genai"),
+    ("ONNX int4, prompt tok/s", "runs", "prompt_tokens_per_s", "onnx-int4", "peer-genai"),
+    ("ONNX int4, decode tok/s", "runs", "decode_tokens_per_s", "onnx-int4", "peer-genai"),
+    ("ONNX int4, peak RSS while running", "runs", "peak_rss_bytes", "onnx-int4", "peer-genai"),
+    (
+        "GGUF int4, decode tok/s, same file",
+        "runs",
+        "decode_tokens_per_s",
+        "gguf-int4",
+        "checkpoint-int4.gguf",
+    ),
+    (
+        "GGUF int8, decode tok/s, same file",
+        "runs",
+        "decode_tokens_per_s",
+        "gguf-int8",
+        "checkpoint-int8.gguf",
+    ),
+)
+
+
+def ratios(results: dict[str, Any], rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Ours over the peer's: exports once, runs as the median of the rounds' own ratios."""
+    found = []
+    for label, section, figure, ours, peers in _RATIOS:
+        values = []
+        for rows in [results["exports"]] if section == "exports" else rounds:
+            by_name = {row["artifact"]: row for row in rows}
+            if ours in by_name and peers in by_name:
+                values.append(by_name[ours][figure] / by_name[peers][figure])
+        if values:
+            found.append({"what": label, "ratio": statistics.median(values)})
+    return found
+
+
 def main() -> None:
     """Parse, measure, write the results file after every stage."""
     parser = argparse.ArgumentParser(
@@ -255,6 +320,7 @@ def main() -> None:
         "prompt_tokens": PROMPT_TOKENS,
         "decode_tokens": DECODE_TOKENS,
         "context": CONTEXT,
+        "reference_load": reference_load(checkpoint),
         "exports": our_exports(checkpoint, work),
     }
 
@@ -280,6 +346,7 @@ def main() -> None:
             rows.append(genai_run(work / "peer-genai", args.genai))
         rounds.append(rows)
         results["runs"] = medians(rounds)
+        results["ratios"] = ratios(results, rounds)
         save()
 
 

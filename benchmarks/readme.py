@@ -89,9 +89,9 @@ def full_shape_table(results: Mapping[str, Any]) -> str:
         "decode tok/s",
         "peak RSS, MB",
     )
-    return "\n\n".join(
-        [_markdown(export_head, exports), _markdown(run_head, runs), _machine(results["machine"])]
-    )
+    ratios = [[row["what"], f"{row['ratio']:.2f}"] for row in results["ratios"]]
+    tables = [(export_head, exports), (run_head, runs), (("ours over the peer's, same run", "ratio"), ratios)]
+    return "\n\n".join([*(_markdown(head, rows) for head, rows in tables), _machine(results["machine"])])
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table, "full-shape": full_shape_table}
