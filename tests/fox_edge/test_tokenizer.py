@@ -1,0 +1,566 @@
+"""The tokenizer against sentencepiece, tokenizers, transformers and llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import pytest
+import sentencepiece
+import tokenizers
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from fox_edge.chat_template import FOX_TEMPLATE
+from fox_edge.errors import TokenizerError
+from fox_edge.sentencepiece_model import KIND_NUMBERS, SentencePieceModel, with_kinds
+from fox_edge.tokenizer import Tokenizer
+from tests.helpers import PROBES, sentencepiece_bytes, write_tokenizer
+
+NANO = Path(__file__).parents[2] / "fox_edge" / "nano"
+MESSAGES = [
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "Three."},
+    {"role": "user", "content": "And now?"},
+]
+
+
+def settings(folder: Path, **changes: Any) -> Path:
+    """Change tokenizer_config.json; None removes a key."""
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({k: v for k, v in {**fields, **changes}.items() if v is not None}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gemma", "llama", "nano"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "nano":
+        return NANO
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tokenizer(folder, gemma=request.param == "gemma")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Tokenizer:
+    return Tokenizer.from_folder(NANO)
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path, gemma=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def nano_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nano's tokenizer without tokenizer.model."""
+    folder = tmp_path_factory.mktemp("json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((NANO / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_json(nano_json: Path) -> Tokenizer:
+    return Tokenizer.from_folder(nano_json)
+
+
+# ---- agreement with independent implementations ---------------------------------------------------
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_plain_text_is_sentencepieces(folder: Path, opened: Tokenizer, text: str) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    text = text.replace("_of_turn>", "")  # nano's model file finds its turn markers in plain text too
+    assert opened.encode(text) == theirs.encode(text)
+    assert opened.decode(opened.encode(text)) == theirs.decode(theirs.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_json_is_the_same_tokenizer(
+    nano: Tokenizer, from_json: Tokenizer, nano_json: Path, text: str
+) -> None:
+    theirs = tokenizers.Tokenizer.from_file(str(nano_json / "tokenizer.json"))
+    for special in (False, True):
+        ids = from_json.encode(text, special=special)
+        assert ids == nano.encode(text, special=special)
+        assert from_json.decode(ids, skip_special=False) == text
+    assert ids == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_json_has_the_same_pieces(nano: Tokenizer, from_json: Tokenizer) -> None:
+    ours, theirs = from_json.pieces(), nano.pieces()
+    assert [(p.text, p.kind) for p in ours] == [(p.text, p.kind) for p in theirs]
+    for name in (
+        "vocab_size",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "unk_id",
+        "stop_ids",
+        "add_bos",
+        "add_space_prefix",
+    ):
+        assert getattr(from_json, name) == getattr(nano, name), name
+
+
+def spm_in_llama_cpp(tokenizer: Tokenizer, path: Path) -> llama_cpp.Llama:
+    """A GGUF that holds nothing but the tokenizer's own account of itself, opened in llama.cpp."""
+    pieces = tokenizer.pieces()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    texts = [p.text.replace("\u2581", " ") if p.kind == "user_defined" else p.text for p in pieces]
+    writer.add_token_list([text.encode() for text in texts])
+    writer.add_token_scores([p.score for p in pieces])
+    writer.add_token_types([KIND_NUMBERS[p.kind] for p in pieces])
+    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_add_space_prefix(tokenizer.add_space_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+
+
+def test_llama_cpp_gives_the_same_ids(opened: Tokenizer, tmp_path: Path) -> None:
+    theirs = spm_in_llama_cpp(opened, tmp_path / "vocabulary.gguf")
+    for text in PROBES:
+        for special in (False, True):
+            expected = theirs.tokenize(text.encode(), add_bos=False, special=special)
+            assert opened.encode(text, special=special) == expected, (text, special)
+
+
+def test_random_text_agrees_everywhere(nano: Tokenizer, from_json: Tokenizer, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    words = [
+        "fox",
+        " ",
+        "  ",
+        "\n",
+        "\n\n\n",
+        "12",
+        "🦊",
+        "狐",
+        "\t",
+        "<eos>",
+        "é",
+        "\u0301",
+        ".",
+        "<<3+4=7>>",
+        "the",
+    ]
+    llama = spm_in_llama_cpp(nano, tmp_path / "vocabulary.gguf")
+    for _ in range(100):
+        text = "".join(rng.choices(words, k=rng.randint(1, 30)))
+        ids = nano.encode(text, special=True)
+        assert ids == from_json.encode(text, special=True), text
+        assert ids == llama.tokenize(text.encode(), add_bos=False, special=True), text
+        assert nano.decode(ids, skip_special=False) == text
+
+
+def test_transformers_agrees_with_bos_and_chat(nano: Tokenizer) -> None:
+    theirs, ours = AutoTokenizer.from_pretrained(NANO), nano
+    for text in PROBES:
+        assert ours.encode(text, bos=True, special=True) == theirs(text).input_ids
+    rendered = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert ours.render_chat(MESSAGES) == rendered
+    assert ours.encode_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)
+
+
+def test_byte_level_json(tmp_path: Path) -> None:
+    """The other family of tokenizer.json, GPT-2's alphabet of bytes."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(PROBES * 3, vocab_size=400, special_tokens=["<|endoftext|>", "<|im_end|>"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    settings(tmp_path, eos_token="<|endoftext|>")
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.algorithm == "byte-level-bpe" and not ours.add_space_prefix and not ours.add_bos
+    assert ours.stop_ids == {0, 1}
+    for text in PROBES:
+        ids = ours.encode(text)
+        assert ids == trained.encode(text).ids
+        assert ours.decode(ids) == text
+        assert stream_of(ours, ids) == text
+
+
+# ---- special tokens -------------------------------------------------------------------------------
+
+
+def test_special_ids(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    assert (t.pad_id, t.eos_id, t.bos_id, t.unk_id) == (0, 1, 2, 3)
+    assert t.add_bos and not t.add_space_prefix and t.vocab_size == 512
+    assert t.stop_ids == {1, t.id_of("<end_of_turn>")}
+
+
+def test_special_ids_of_llama(llama: Path) -> None:
+    t = Tokenizer.from_folder(llama)
+    assert (t.unk_id, t.bos_id, t.eos_id, t.pad_id) == (0, 1, 2, None)
+    assert t.add_bos and t.add_space_prefix
+
+
+def test_special_tokens_only_where_asked(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    plain, special = t.encode("a<eos>b"), t.encode("a<eos>b", special=True)
+    assert t.eos_id not in plain and special.count(1) == 1
+    assert special == [*t.encode("a"), 1, *t.encode("b")]
+    assert t.decode(special) == "ab" and t.decode(special, skip_special=False) == "a<eos>b"
+    assert t.encode("x", bos=True) == [2, *t.encode("x")]
+    assert t.encode("") == [] and t.encode("", bos=True) == [2] and t.encode("", special=True) == []
+
+
+def test_space_prefix_comes_again_after_a_special_token(llama: Path) -> None:
+    t = Tokenizer.from_folder(llama)
+    assert t.encode("one</s>two", special=True) == [*t.encode("one"), 2, *t.encode("two")]
+    assert t.pieces()[t.encode("two")[0]].text.startswith("\u2581")
+
+
+def test_settings_choose_the_end(gemma: Path) -> None:
+    """A fine-tune that ends with its turn says so in tokenizer_config.json."""
+    t = Tokenizer.from_folder(settings(gemma, eos_token={"content": "<end_of_turn>", "special": True}))
+    assert t.eos_id == t.id_of("<end_of_turn>") and t.stop_ids == {t.eos_id}
+
+
+def test_special_tokens_map_is_read(gemma: Path) -> None:
+    settings(gemma, eos_token=None)
+    (gemma / "special_tokens_map.json").write_text('{"eos_token": "<end_of_turn>"}')
+    t = Tokenizer.from_folder(gemma)
+    assert t.eos_id == t.id_of("<end_of_turn>")
+
+
+def test_without_settings_the_model_file_speaks(gemma: Path) -> None:
+    (gemma / "tokenizer_config.json").unlink()
+    t = Tokenizer.from_folder(gemma)
+    assert (t.pad_id, t.eos_id, t.bos_id, t.unk_id) == (0, 1, 2, 3)
+    assert any("no chat template" in note for note in t.notes)
+
+
+def test_end_token_that_does_not_exist(gemma: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"eos_token '<stop>' is none of the 512 pieces"):
+        Tokenizer.from_folder(settings(gemma, eos_token="<stop>"))
+
+
+def test_pad_token_that_does_not_exist_is_noted(llama: Path) -> None:
+    t = Tokenizer.from_folder(settings(llama, pad_token="[PAD]"))
+    assert t.pad_id is None and any("[PAD]" in note for note in t.notes)
+
+
+def test_added_tokens_extend_the_vocabulary(gemma: Path) -> None:
+    added = {
+        "512": {"content": "<|im_end|>", "special": True},
+        "514": {"content": "<tool>", "special": False},
+    }
+    t = Tokenizer.from_folder(settings(gemma, added_tokens_decoder=added, eos_token="<|im_end|>"))
+    assert t.vocab_size == 515 and t.eos_id == 512
+    assert [p.kind for p in t.pieces()[512:]] == ["control", "unused", "user_defined"]
+    assert t.encode("a<tool>b<|im_end|>", special=True) == [*t.encode("a"), 514, *t.encode("b"), 512]
+    assert t.decode([514, 512]) == "<tool>"
+
+
+def test_added_tokens_agree_with_transformers(llama: Path) -> None:
+    """A Llama with the two tokens that ChatML adds; the slow tokenizer is the original's behaviour."""
+    added = {
+        "512": {"content": "<|im_start|>", "special": True},
+        "513": {"content": "<|im_end|>", "special": True},
+    }
+    ours = Tokenizer.from_folder(settings(llama, added_tokens_decoder=added, eos_token="<|im_end|>"))
+    theirs = LlamaTokenizer(vocab_file=str(llama / "tokenizer.model"), legacy=True)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    text = "<|im_start|>user\nHello  world<|im_end|>"
+    assert ours.encode(text, bos=True, special=True) == theirs(text).input_ids
+
+
+def test_declared_special_pieces_become_control(gemma: Path) -> None:
+    """Gemma's model file calls its turn markers user-defined; the settings call them special."""
+    model = SentencePieceModel.parse((gemma / "tokenizer.model").read_bytes(), "x")
+    turn = next(id for id, p in enumerate(model.pieces) if p.text == "<start_of_turn>")
+    data = with_kinds((gemma / "tokenizer.model").read_bytes(), {turn: "user_defined"})
+    (gemma / "tokenizer.model").write_bytes(data)
+    assert turn in Tokenizer.from_folder(gemma).encode("<start_of_turn>")
+    t = Tokenizer.from_folder(settings(gemma, additional_special_tokens=["<start_of_turn>"]))
+    assert t.pieces()[turn].kind == "control"
+    assert turn not in t.encode("<start_of_turn>")
+    assert t.encode("<start_of_turn>", special=True) == [turn]
+
+
+def test_absurd_added_id(gemma: Path) -> None:
+    with pytest.raises(TokenizerError, match="'<x>' has id 99999999, but there are 512 pieces"):
+        Tokenizer.from_folder(settings(gemma, added_tokens_decoder={"99999999": {"content": "<x>"}}))
+
+
+@pytest.mark.parametrize(
+    ("eos", "extra"),
+    [
+        (2, set()),
+        ([1, 2], set()),
+        (0, set()),
+        ([1, 4], {4}),
+        (9, set()),
+        ("1", set()),
+        ([True, 99999], set()),
+    ],
+)
+def test_generation_config_is_believed_only_where_it_can_be_right(
+    gemma: Path, eos: Any, extra: set[int]
+) -> None:
+    (gemma / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    t = Tokenizer.from_folder(gemma)
+    assert t.stop_ids == {1, t.id_of("<end_of_turn>")} | extra
+
+
+# ---- streaming ------------------------------------------------------------------------------------
+
+
+def stream_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = tokenizer.stream()
+    parts = [stream.push(id) for id in ids]
+    for part in parts:
+        assert "\ufffd" not in part or "\ufffd" in tokenizer.decode(ids)
+        part.encode("utf-8")
+    return "".join(parts) + stream.flush()
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_stream_equals_decode(opened: Tokenizer, text: str) -> None:
+    ids = opened.encode(text, bos=True)
+    assert stream_of(opened, ids) == opened.decode(ids) == text
+
+
+def test_stream_holds_back_half_characters(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    ids = [i for byte in "🦊".encode() if (i := t.id_of(f"<0x{byte:02X}>")) is not None]
+    stream = t.stream()
+    assert [stream.push(id) for id in ids] == ["", "", "", "🦊"]
+    assert stream.flush() == ""
+
+
+def test_stream_of_broken_bytes(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    first = t.id_of("<0xF0>")
+    assert first is not None
+    ids = [first, *t.encode("a"), first]
+    assert stream_of(t, ids) == t.decode(ids) == "\ufffda\ufffd"
+
+
+def test_random_ids_stream_like_they_decode(opened: Tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        ids = [rng.randrange(opened.vocab_size) for _ in range(20)]
+        assert stream_of(opened, ids) == opened.decode(ids)
+
+
+def test_id_outside_the_vocabulary(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    for id in (-1, 512):
+        with pytest.raises(TokenizerError, match=f"token id {id} is outside the vocabulary of 512"):
+            t.decode([id])
+
+
+# ---- chat -----------------------------------------------------------------------------------------
+
+
+def test_exactly_one_bos(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    ids = t.encode_chat(MESSAGES)
+    assert ids[0] == 2 and ids.count(2) == 1
+    without = Tokenizer.from_folder(settings(gemma, chat_template="{{ messages[0]['content'] }}"))
+    assert without.encode_chat(MESSAGES)[:1] == [2] and without.encode_chat(MESSAGES).count(2) == 1
+
+
+def test_fallback_is_foxs_format(gemma: Path) -> None:
+    t = Tokenizer.from_folder(settings(gemma, chat_template=None))
+    assert t.chat_template == FOX_TEMPLATE
+    assert any("no chat template" in note for note in t.notes)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert t.render_chat(system) == "<|system|>\nBe brief.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n"
+    assert t.encode_chat(system).count(1) == 2
+
+
+def test_own_template_needs_no_note(gemma: Path) -> None:
+    assert Tokenizer.from_folder(gemma).notes == []
+
+
+def test_where_templates_are_found(gemma: Path) -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "list"}]
+    assert Tokenizer.from_folder(settings(gemma, chat_template=named)).chat_template == "list"
+    settings(gemma, chat_template=None)
+    (gemma / "chat_template.json").write_text('{"chat_template": "json"}')
+    assert Tokenizer.from_folder(gemma).chat_template == "json"
+    settings(gemma, chat_template="settings")
+    assert Tokenizer.from_folder(gemma).chat_template == "settings"
+    (gemma / "chat_template.jinja").write_text("file")
+    assert Tokenizer.from_folder(gemma).chat_template == "file"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot render"),
+        ("{{ messages.__init__.__globals__ }}", "cannot render"),
+        (
+            "{% for m in messages %}{{ m.append }}{{ cycler.__init__.__globals__.os }}{% endfor %}",
+            "cannot render",
+        ),
+        ("{{ 'x' * 999999999999 }}", "repetition too long"),
+        ("{{ [0] * 999999999999 }}", "repetition too long"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", "power too large"),
+        ("{{ '%999999999d' % 1 }}", "not allowed"),
+        ("{% for i in range(99999999) %}x{% endfor %}", "cannot render"),
+        (
+            "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+            "more than 16777216",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[9]['content'] + 'x' }}", "cannot render"),
+        ("{{ nothing() }}", "nothing"),
+        ("{% include '/etc/passwd' %}", "cannot render"),
+    ],
+)
+def test_hostile_or_failing_template(gemma: Path, template: str, words: str) -> None:
+    t = Tokenizer.from_folder(settings(gemma, chat_template=template))
+    with pytest.raises(TokenizerError, match=words):
+        t.render_chat(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if %}", "not valid Jinja"),
+        (7, "int"),
+        ("x" * (1 << 19), "524288 characters"),
+        ("{{ x", "not valid"),
+    ],
+)
+def test_template_that_is_none(gemma: Path, template: Any, words: str) -> None:
+    with pytest.raises(TokenizerError, match=words):
+        Tokenizer.from_folder(settings(gemma, chat_template=template))
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}]]
+)
+def test_messages_without_text(gemma: Path, messages: Any) -> None:
+    with pytest.raises(TokenizerError, match="chat message 0 has no text under"):
+        Tokenizer.from_folder(gemma).render_chat(messages)
+
+
+def test_template_helpers(gemma: Path) -> None:
+    source = "{{ messages | tojson }}{{ strftime_now('%Y') | length }}"
+    t = Tokenizer.from_folder(settings(gemma, chat_template=source))
+    assert t.render_chat([{"role": "user", "content": "<é>"}]) == '[{"role": "user", "content": "<é>"}]4'
+
+
+# ---- damaged files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello world", b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x00"]
+)
+def test_damaged_model_file(gemma: Path, data: bytes) -> None:
+    (gemma / "tokenizer.model").write_bytes(data)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+        Tokenizer.from_folder(gemma)
+
+
+def test_truncated_model_file(gemma: Path) -> None:
+    data = (gemma / "tokenizer.model").read_bytes()
+    (gemma / "tokenizer.model").write_bytes(data[: len(data) // 2 + 3])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+        Tokenizer.from_folder(gemma)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not readable"),
+        ("{}", "not readable"),
+        ("[" * 100_000, "not readable"),
+        ('{"model": {"type": "Unigram", "vocab": []}}', "'Unigram' tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 99999999}, "merges": []}}', "'a' has id 99999999"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}', "share id 0"),
+        ('{"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}', "'a' has id '0'"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}', "merge 0"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "tokenizers cannot open"),
+        ('{"added_tokens": [7], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "added_tokens"),
+    ],
+)
+def test_damaged_json_file(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match=words) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_settings(gemma: Path) -> None:
+    (gemma / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_folder(gemma)
+
+
+def test_file_too_large(gemma: Path) -> None:
+    with (gemma / "tokenizer.model").open("r+b") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(TokenizerError, match=f"{300 << 20} bytes"):
+        Tokenizer.from_folder(gemma)
+
+
+# ---- the model file's fields ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gemma_like", [True, False])
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_model_file_fields_are_sentencepieces(gemma_like: bool, algorithm: str) -> None:
+    data = sentencepiece_bytes(gemma_like, algorithm=algorithm)
+    ours = SentencePieceModel.parse(data, "x")
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    ids = list(range(theirs.vocab_size()))
+    assert ours.algorithm == algorithm and ours.byte_fallback
+    assert [p.text for p in ours.pieces] == [theirs.id_to_piece(i) for i in ids]
+    assert [p.score for p in ours.pieces] == [theirs.get_score(i) for i in ids]
+    for kind, test in (
+        ("control", theirs.is_control),
+        ("unknown", theirs.is_unknown),
+        ("byte", theirs.is_byte),
+    ):
+        assert [p.kind == kind for p in ours.pieces] == [test(i) for i in ids]
+    their_ids = (theirs.unk_id(), theirs.bos_id(), theirs.eos_id(), theirs.pad_id())
+    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id) == their_ids
+    assert ours.add_dummy_prefix != gemma_like and not ours.remove_extra_whitespaces
+
+
+def test_model_file_round_trip() -> None:
+    data = sentencepiece_bytes()
+    model = SentencePieceModel.parse(data, "x")
+    again = SentencePieceModel.parse(model.to_bytes(), "y")
+    assert again == model
+    rewritten = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes())
+    original = sentencepiece.SentencePieceProcessor(model_proto=data)
+    for text in PROBES:
+        assert rewritten.encode(text) == original.encode(text)
+
+
+def test_changing_kinds_changes_nothing_else() -> None:
+    data = sentencepiece_bytes()
+    changed = with_kinds(data, {6: "control"})
+    before, after = SentencePieceModel.parse(data, "x"), SentencePieceModel.parse(changed, "x")
+    assert after.pieces[6].kind == "control" and before.pieces[6].kind == "user_defined"
+    after.pieces[6] = before.pieces[6]
+    assert after == before
+    assert with_kinds(changed, {6: "user_defined"}) == data
