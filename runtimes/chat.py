@@ -5,12 +5,13 @@ Knows messages, a tokenizer and a session. Does not know terminals, servers or c
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from fox_edge.errors import ContextOverflowError
 from runtimes.base import Session
-from runtimes.generate import GREEDY, FinishReason, Generation, Sampling, generate
+from runtimes.generate import GREEDY, FinishReason, Generation, Sampling
+from runtimes.prefix import PrefixCache
 
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
@@ -35,10 +36,18 @@ class Chat:
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
         self.turns: list[Message] = []  # user and assistant in turn, complete pairs only
         self.finish_reason: FinishReason | None = None
-        self.prompt_tokens = 0  # of the last turn, whole conversation
-        self.reused_tokens = 0  # of these, found in the cache
         self._rng = sampling.rng()
-        self._cached: list[int] = []
+        self._cache = PrefixCache(session)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the last turn's prompt: the whole conversation."""
+        return self._cache.prompt_tokens
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many of them were in the cache and needed no run."""
+        return self._cache.reused_tokens
 
     @property
     def messages(self) -> list[Message]:
@@ -63,16 +72,10 @@ class Chat:
         """
         question = {"role": "user", "content": text}
         prompt = self._encode([*self.messages, question])
-        # At least one token must be run: logits come from running, not from the cache.
-        shared = min(_common_prefix(self._cached, prompt), len(prompt) - 1)
-        self.session.truncate(shared)
-        self._cached = prompt[:shared]
-        self.prompt_tokens, self.reused_tokens = len(prompt), shared
-        stop_ids = self.tokenizer.stop_ids
-        generation = generate(
-            self.session, prompt[shared:], self.sampling, stop_ids, self.max_tokens, rng=self._rng
+        generation = self._cache.generate(
+            prompt, self.sampling, self.tokenizer.stop_ids, self.max_tokens, rng=self._rng
         )
-        return self._answer(question, prompt, generation)
+        return self._answer(question, generation)
 
     def undo(self) -> bool:
         """Take back the last question and its answer; False when there is none."""
@@ -84,8 +87,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation; the system message stays."""
         self.turns.clear()
-        self._cached.clear()
-        self.session.reset()
+        self._cache.reset()
         self.finish_reason = None
         self._rng = self.sampling.rng()
 
@@ -99,8 +101,8 @@ class Chat:
             )
         return prompt
 
-    def _answer(self, question: Message, prompt: list[int], generation: Generation) -> Generator[str]:
-        """Decode tokens as they come; leave history and the record of the cache right however this ends."""
+    def _answer(self, question: Message, generation: Generation) -> Generator[str]:
+        """Decode tokens as they come; leave the history right however this ends."""
         stream = self.tokenizer.stream()
         pieces: list[str] = []
         try:
@@ -112,18 +114,7 @@ class Chat:
                 pieces.append(piece)
                 yield piece
         finally:
-            self._cached = (prompt + generation.tokens)[: self.session.length]
             self.finish_reason = generation.finish_reason
             if pieces or generation.finish_reason:
                 answer = {"role": "assistant", "content": "".join(pieces)}
                 self.turns += [question, answer]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens the two share."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count

@@ -1,0 +1,69 @@
+"""Running a prompt from where it differs from what the session already holds.
+
+Chats repeat their history, evaluations their worked examples: the longest common prefix of tokens stays in
+the KV cache. Knows sessions and tokens; not text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from runtimes.base import Session
+from runtimes.generate import GREEDY, Generation, Sampling, generate
+
+
+class PrefixCache:
+    """The only user of a session; remembers the tokens that are in its cache.
+
+    `prompt_tokens`, of the last prompt, and `reused_tokens`, how many of them needed no run.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.prompt_tokens = self.reused_tokens = 0
+        self._prompt: list[int] = []
+        self._generation: Generation | None = None
+        session.reset()
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+        max_tokens: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Generation:
+        """Go on from `prompt`, a whole text; see `generate`. The generation before it must be done with.
+
+        Raises ContextOverflowError when the prompt does not fit.
+        """
+        # At least one token must be run: logits come from running, not from the cache.
+        shared = max(0, min(_common_prefix(self._held(), prompt), len(prompt) - 1))
+        self.session.truncate(shared)
+        self._prompt, self._generation = list(prompt[:shared]), None
+        generation = generate(self.session, prompt[shared:], sampling, stop_ids, max_tokens, rng)
+        self._prompt, self._generation = list(prompt), generation
+        self.prompt_tokens, self.reused_tokens = len(prompt), shared
+        return generation
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.session.reset()
+        self._prompt, self._generation = [], None
+
+    def _held(self) -> list[int]:
+        """The tokens in the cache: a generation may have been left at any point."""
+        made = self._generation.tokens if self._generation is not None else []
+        return (self._prompt + made)[: self.session.length]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens the two share."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
