@@ -1,0 +1,27 @@
+"""Without the optional packages, each ONNX module says in one sentence which extra brings them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from fox_edge.errors import MissingPackageError
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("runtimes.onnxruntime", "onnxruntime"),
+        ("runtimes.onnx_external", "onnx"),
+        ("export.onnx_graph", "onnx"),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(MissingPackageError, match=rf"^{package} is not installed; .*fox-edge\[onnx\]"):
+        importlib.import_module(module)
