@@ -15,9 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import fox_edge
 from fox_edge.artifact import MANIFEST, Artifact, ArtifactWriter, Manifest, TensorRecord
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.quant import EMBEDDING, Assignment, Recipe
+from fox_edge.quant import EMBEDDING, GGUF, Assignment, Recipe
 
 # done bytes, total bytes: of the checkpoint's weights as they are read.
 Progress = Callable[[int, int], None]
@@ -31,9 +32,9 @@ _HEADROOM_BYTES = 1 << 20
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed version of fox-edge and of each named distribution ('?' for one without metadata)."""
-    found = {}
-    for name in ("fox-edge", *packages):
+    """The version of fox-edge and of each named distribution ('?' for one that is not installed)."""
+    found = {"fox-edge": fox_edge.__version__}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -157,7 +158,12 @@ def model_card(checkpoint: Checkpoint, manifest: Manifest) -> str:
         blocks.append(_verification_line(manifest.verification))
     if manifest.notes:
         blocks.append("\n".join(["## Notes", "", *(f"- {note}" for note in manifest.notes)]))
-    blocks.append("## Use\n\n```sh\nfox-edge chat FOLDER\nfox-edge bench FOLDER\n```")
+    commands = ["fox-edge chat FOLDER", "fox-edge bench FOLDER"]
+    if manifest.format == GGUF:
+        commands.append(
+            f"llama-server -m FOLDER/{manifest.model_file} --jinja  # or any program that reads GGUF"
+        )
+    blocks.append("\n".join(["## Use", "", "```sh", *commands, "```"]))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from fox_edge.quant import GGUF, TYPES, Assignment, Recipe
 
 # Float32 rows that one thread holds at once.
 CHUNK_BYTES = 16 << 20
+# More would not be faster than the disk, and each holds a chunk.
+MAX_THREADS = 16
 # How many chunks of a tensor are read before its pages go back to the system.
 RELEASE_EVERY = 8
 _FLOAT16_MAX = 65504.0
@@ -65,8 +68,9 @@ def export_gguf(
 ) -> Artifact:
     """Write the artifact folder `target`: GGUF file, configuration, tokenizer, card, manifest.
 
-    `threads` quantize side by side (default: one per core); `progress` is told bytes done and in all, of
-    the checkpoint's weights. Raises FoxEdgeError's children in one sentence; then nothing is left behind.
+    `threads` quantize side by side (default: one per core, at most MAX_THREADS); `progress` is told the
+    bytes done and in all, of the checkpoint's weights. Raises FoxEdgeError's children in one sentence; then
+    nothing is left behind.
     """
     if recipe.format != GGUF:
         raise RecipeError(f"recipe {recipe.name} is for {recipe.format}, but this is an export to {GGUF}")
@@ -78,7 +82,7 @@ def export_gguf(
         copy_side_files(writer, checkpoint)
         path = writer.folder / model_file_name(checkpoint, recipe)
         start = write_header(path, checkpoint, recipe, places)
-        write_tensors(path, start, checkpoint, places, threads or os.cpu_count() or 1, progress)
+        write_tensors(path, start, checkpoint, places, threads or default_threads(), progress)
         manifest = make_manifest(
             checkpoint,
             recipe,
@@ -91,6 +95,12 @@ def export_gguf(
             versions=versions("gguf", "llama-cpp-python", "torch"),
         )
         return finish(writer, checkpoint, manifest, verify)
+
+
+def default_threads() -> int:
+    """Cores that this process may use, at most MAX_THREADS."""
+    allowed = os.cpu_count() or 1 if sys.platform != "linux" else len(os.sched_getaffinity(0))
+    return min(allowed, MAX_THREADS)
 
 
 def model_file_name(checkpoint: Checkpoint, recipe: Recipe) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
-from fox_edge.errors import ArtifactError, MissingPackageError, VerificationError
+from fox_edge.config import FoxConfig
+from fox_edge.errors import ArtifactError, CheckpointError, MissingPackageError, VerificationError
 from fox_edge.quant import EMBEDDING
 
 try:
@@ -221,6 +222,49 @@ def _place(
             )
         tensors[info.name] = TensorInfo(info.name, info.type, info.shape, start + info.offset, info.bytes)
     return tensors
+
+
+# FoxConfig's field -> its key among the metadata.
+_SHAPE_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_positions": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+
+
+def read_config(path: Path) -> FoxConfig:
+    """The model's dimensions, checked: llama.cpp ends the whole process over some that it cannot believe.
+
+    Raises ArtifactError naming the file and the number.
+    """
+    header = read_header(path)
+    if header.metadata.get("general.architecture") != "llama":
+        raise ArtifactError(
+            f"{path}: architecture {header.metadata.get('general.architecture')!r}, not llama"
+        )
+    pieces = header.metadata.get("tokenizer.ggml.tokens")
+    fields = {field: header.metadata.get(f"llama.{key}") for field, key in _SHAPE_KEYS.items()}
+    missing = [key for field, key in _SHAPE_KEYS.items() if not isinstance(fields[field], int | float)]
+    if missing or not isinstance(pieces, ArrayInfo):
+        raise ArtifactError(f"{path}: has no {'llama.' + missing[0] if missing else 'tokenizer.ggml.tokens'}")
+    try:
+        config = FoxConfig(
+            vocab_size=pieces.length,
+            tied="output.weight" not in header.tensors,
+            **fields,  # type: ignore[arg-type]
+        )
+    except CheckpointError as error:
+        raise ArtifactError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    layers = sum(name.endswith(".attn_norm.weight") for name in header.tensors)
+    if layers != config.num_layers:
+        raise ArtifactError(f"{path}: {config.num_layers} layers, but the weights of {layers}")
+    return config
 
 
 class GgufFile:

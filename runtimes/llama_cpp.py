@@ -22,7 +22,7 @@ import numpy as np
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
-from runtimes.gguf_file import read_header
+from runtimes.gguf_file import read_config
 
 try:
     import llama_cpp.llama_cpp as lib
@@ -63,8 +63,8 @@ def _complaint() -> str:
 
 
 def _load_model(path: Path, *, vocab_only: bool) -> int:
-    """Open a GGUF file whose header is sound; raises ArtifactError."""
-    read_header(path)
+    """Open a GGUF file, whose header is looked at first; raises ArtifactError."""
+    read_config(path)
     _start()
     _errors.clear()
     params = lib.llama_model_default_params()

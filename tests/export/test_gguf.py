@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -250,6 +253,36 @@ def test_an_existing_target_stays_unless_told_otherwise(tiny: Checkpoint, tmp_pa
     assert Artifact.open(target) == first
     assert export_gguf(tiny, target, recipe("int4"), replace=True).manifest.quant == "int4"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_too_small_is_told_at_once(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ArtifactError, match=r"needs \d+ bytes, but that disk has 1000 free"):
+        export_gguf(tiny, tmp_path / "out", recipe("int8"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(ArtifactError, match=r"writing failed.*nothing was kept"):
+        export_gguf(tiny, tmp_path / "out", recipe("int8"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writes_that_the_disk_takes_in_parts(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_gguf(tiny, tmp_path / "whole", recipe("int8")).model_path.read_bytes()
+    pwrite = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda handle, data, offset: pwrite(handle, data[:1000], offset))
+    assert export_gguf(tiny, tmp_path / "parts", recipe("int8")).model_path.read_bytes() == whole
 
 
 def test_a_recipe_for_another_format_is_refused(tiny: Checkpoint, tmp_path: Path) -> None:

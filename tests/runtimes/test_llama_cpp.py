@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
+import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch
 from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError
+from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.quant import GGUF, find_recipe
 from runtimes.base import SCORE_CHUNK, Session, SessionOptions, open_session
 from runtimes.llama_cpp import BATCH, LlamaCppSession, physical_cores
@@ -215,6 +218,52 @@ def test_a_file_that_was_cut_short(artifact: Artifact, tmp_path: Path) -> None:
         (folder / artifact.manifest.model_file).write_bytes(data[:size])
         with pytest.raises(ArtifactError, match=r"tiny_256-f32\.gguf: "):
             LlamaCppSession(Artifact(folder, artifact.manifest))
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "value", "sentence"),
+    [
+        ("llama.block_count", "I", 0, "num_layers is 0, "),
+        ("llama.block_count", "I", 0xFFFFFFFF, "num_layers is 4294967295, "),
+        ("llama.block_count", "I", 7, "7 layers, but the weights of 2"),
+        ("llama.attention.head_count_kv", "I", 3, "4 heads cannot share 3 KV heads"),
+        ("llama.attention.layer_norm_rms_epsilon", "f", math.nan, "rms_norm_eps nan"),
+        ("llama.rope.freq_base", "f", -1.0, "rope_theta -1.0"),
+    ],
+)
+def test_numbers_that_would_end_the_process(
+    key: str, code: str, value: float, sentence: str, artifact: Artifact, tmp_path: Path
+) -> None:
+    """llama.cpp aborts over some of these; a user is told instead."""
+    data = bytearray(artifact.model_path.read_bytes())
+    # Behind a key come the type of its value and the value.
+    struct.pack_into("<" + code, data, data.index(key.encode()) + len(key) + 4, value)
+    (tmp_path / artifact.manifest.model_file).write_bytes(data)
+    with pytest.raises(ArtifactError, match=sentence):
+        LlamaCppSession(Artifact(tmp_path, artifact.manifest))
+
+
+def test_another_architecture(artifact: Artifact, tmp_path: Path) -> None:
+    data = artifact.model_path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen9")
+    (tmp_path / artifact.manifest.model_file).write_bytes(data)
+    with pytest.raises(ArtifactError, match="architecture 'qwen9', not llama"):
+        LlamaCppSession(Artifact(tmp_path, artifact.manifest))
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "told"),
+    [
+        ("gguf", "runtimes.gguf_file", "gguf"),
+        ("llama_cpp.llama_cpp", "runtimes.llama_cpp", "llama-cpp-python"),
+    ],
+)
+def test_a_missing_package_names_the_extra(
+    package: str, module: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(MissingPackageError, match=rf"{told} is not installed.*fox-edge\[gguf\]"):
+        importlib.import_module(module)
 
 
 def test_what_llama_cpp_refuses_is_one_sentence_with_its_reason(artifact: Artifact, tmp_path: Path) -> None:
