@@ -72,7 +72,7 @@ def _onnx(bits: int, block_size: int, symmetric: bool) -> QuantType:
         bits=bits,
         block_size=block_size,
         block_bits=bits * block_size + 32 + (0 if symmetric else bits),
-        # Rounding noise is step / sqrt(12), and a step is at most the block's norm / 2^(bits - 1): as when one
+        # Rounding noise is step / sqrt(12), a step at most the block's norm / 2^(bits - 1): as when one
         # outlier holds all of it. Above 0.9 the bound would no longer tell weights from zeros.
         max_error=min(0.9, math.sqrt(block_size / 12) / 2 ** (bits - 1)),
         symmetric=symmetric,
