@@ -8,7 +8,7 @@ from typing import Any
 # per second is what one user sees; the memory is the GPU's.
 # The share of the ceiling is our arithmetic: 200 tokens/s x 3,330,543,616 bytes over the H100's 3.35 TB/s.
 H100: dict[str, Any] = {
-    "name": "Fox-1 1.6B BF16, H100 (published)",
+    "name": "Fox-1 1.6B BF16, H100",
     "ours": False,
     "model": "Fox-1-1.6B",
     "hardware": "one NVIDIA H100",

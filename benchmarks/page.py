@@ -8,7 +8,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}
+main{max-width:1160px;margin:0 auto;padding:40px 20px 64px}
 h1{font-size:clamp(1.5rem,4.5vw,2.1rem);line-height:1.2;margin:0 0 6px;letter-spacing:-.015em}
 h2{font-size:1.15rem;margin:44px 0 12px}
 h3{font-size:.95rem;margin:24px 0 8px}
@@ -17,12 +17,12 @@ font-weight:600}
 .sub,.note,figcaption{color:var(--soft);font-size:.88rem}
 .sub{margin:0 0 24px}
 .finding{margin:0 0 4px}
-.scroll{overflow-x:auto;margin:24px -20px 0;padding:0 20px}
+.scroll{overflow-x:auto;margin:24px 0 0}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:9px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th,td{padding:9px 8px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;font-size:.8rem;white-space:normal;vertical-align:bottom;
 min-width:62px}
-th:first-child{text-align:left;position:sticky;left:-20px;padding-left:20px;background:var(--paper);
+th:first-child{text-align:left;position:sticky;left:0;padding-left:0;background:var(--paper);
 font-weight:600}
 thead th:first-child{font-weight:500}
 td span[title]{text-decoration:underline dotted var(--hatch);text-underline-offset:3px;cursor:help}
@@ -35,8 +35,9 @@ font-size:.72rem;font-weight:500;background:var(--paper)}
 margin-top:40px}
 figure{margin:0}
 figcaption{margin-top:8px}
+figure h3{margin:0 0 10px}
 svg{display:block;width:100%;height:auto}
-svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
+svg text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
 svg .tick,svg .axis{fill:var(--soft)}
 svg .strong{font-weight:600}
 svg .grid{stroke:var(--rule);stroke-width:1}
@@ -45,14 +46,15 @@ svg .light{opacity:.38}
 svg .published{fill:url(#hatch)}.hatch-paper{fill:var(--panel)}.hatch-line{fill:var(--hatch)}
 blockquote{margin:0 0 16px;padding:2px 0 2px 16px;border-left:3px solid var(--onnx);white-space:pre-wrap}
 dl{margin:0}
-.answers dt{font-weight:600;font-size:.9rem;margin-top:14px}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px 28px}
+.answers dt{font-weight:600;font-size:.9rem}
 .answers dd{margin:4px 0 0;padding:10px 14px;background:var(--panel);border-radius:6px;white-space:pre-wrap;
 overflow-wrap:anywhere}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:6px 20px;font-size:.9rem}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0;overflow-wrap:anywhere}
 pre{margin:0;padding:12px 14px;background:var(--panel);border-radius:6px;overflow-x:auto;font-size:.84rem}
-@media(max-width:560px){main{padding:24px 16px 48px}.scroll{margin:20px -16px 0;padding:0 16px}
-th:first-child{left:-16px;padding-left:16px;max-width:150px;white-space:normal}
+@media(max-width:560px){main{padding:24px 16px 48px}
+th:first-child{min-width:112px;white-space:normal}
 .badge{margin-left:0}.facts{grid-template-columns:1fr;gap:2px}.facts dd{margin-bottom:8px}}
 """

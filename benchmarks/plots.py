@@ -15,7 +15,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 WIDTH = 460
-_CHARACTER = 6.6  # an average character of the 12-pixel labels, pixels
+_CHARACTER = 7.1  # an average character of the 13-pixel labels, pixels
 # Where a label is tried, pixels above or below its point: first beside it, then further and further off.
 _LABEL_SHIFTS = (0, -16, 16, -32, 32, -48, 48, -64, 64)
 _BAR, _BAR_STEP = 14, 42
@@ -44,7 +44,7 @@ def quality_plot(rows: Sequence[Row]) -> str:
 
     parts = [
         _line(left, y(10.0**d), WIDTH - right, y(10.0**d), "grid")
-        + _text(left - 8, y(10.0**d) + 4, f"{10.0**d:g}", "tick", "end")
+        + _text(left - 8, y(10.0**d) + 4, _power(d), "tick", "end")
         for d in range(low, high + 1)
     ]
     parts += [_text(x(t), height - bottom + 18, f"{t:g}", "tick", "middle") for t in x_ticks]
@@ -143,6 +143,13 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
     """Powers of ten around all values, with some room above and below."""
     low = math.floor(math.log10(min(values)) - 0.1)
     return low, max(low + 1, math.ceil(math.log10(max(values)) + 0.2))
+
+
+def _power(exponent: int) -> str:
+    """'0.01', or '10⁻⁵' where zeros would have to be counted."""
+    if exponent >= -2:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _labels(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str]:

@@ -116,9 +116,10 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def _baseline_note(row: Mapping[str, Any]) -> str:
+    memory = f"{row['peak_rss_bytes'] / 1e6:,.0f} MB of {row['memory_is']}"
     return (
         f"not ours: {row['model']} on {row['hardware']} with {row['runtime']}, over "
-        f"{row['decode_tokens_per_s']} tok/s per user, {row['memory_is']}; {row['source']}"
+        f"{row['decode_tokens_per_s']} tok/s per user in {memory}; {row['source']}"
     )
 
 
@@ -153,13 +154,14 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def report_html(report: Mapping[str, Any]) -> str:
     """The whole page, self-contained."""
     rows, published = report["rows"], report["baseline"]
+    note = _baseline_note(published)
     body = [
         f"<header><p class='kicker'>fox-edge</p><h1>{_e(report['checkpoint'])}, exported and measured</h1>",
         f"<p class='sub'>{_e(report['machine']['cpu'])}, {report['machine']['cores']} cores · "
-        f"{_e(report['created'])}</p></header>",
+        f"{_e(report['created'].replace('T', ' ').replace('+00:00', ' UTC'))}</p></header>",
         "".join(f"<p class='finding'>{_e(line)}</p>" for line in findings(rows)),
         _table(rows, published),
-        f"<p class='note'>{_e(_baseline_note(published))}. It is the published row of another machine "
+        f"<p class='note'>{_e(note[0].upper() + note[1:])}. It is the published row of another machine "
         "and the full-sized model: context for the others, not a race with them.</p>",
         _plots(rows, published),
         _answers(report),
@@ -217,22 +219,29 @@ def _cell(column: Column, row: Mapping[str, Any]) -> str:
 def _plots(rows: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
     figures = (
         (
+            "Quality for size",
             quality_plot(rows),
             "What a byte buys. Lower is closer to the float32 reference, further left is smaller.",
         ),
         (
+            "Speed against the ceiling",
             share_plot([*rows, published]),
             "Decode speed over what reading all weights once per token allows at this machine's measured "
             "bandwidth (a cache's, where the model fits one). Small models are held up by the work around "
             "the arithmetic. Hatched: the published row against the H100's 3.35 TB/s, one of several users.",
         ),
         (
+            "Memory while running",
             memory_plot(rows),
             "Resident memory after decoding: solid is the process's own, light are pages of files, which "
             "the system may take back. Libraries are counted in.",
         ),
     )
-    shown = [f"<figure>{svg}<figcaption>{_e(text)}</figcaption></figure>" for svg, text in figures if svg]
+    shown = [
+        f"<figure><h3>{_e(title)}</h3>{svg}<figcaption>{_e(text)}</figcaption></figure>"
+        for title, svg, text in figures
+        if svg
+    ]
     return f"<section class='plots'>{''.join(shown)}</section>" if shown else ""
 
 
@@ -240,7 +249,7 @@ def _answers(report: Mapping[str, Any]) -> str:
     answers = [(row["name"], row["answer"]) for row in report["rows"] if row.get("answer")]
     if not answers or not report.get("question"):
         return ""
-    said = "".join(f"<dt>{_e(name)}</dt><dd>{_e(text)}</dd>" for name, text in answers)
+    said = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(text)}</dd></div>" for name, text in answers)
     return (
         f"<section><h2>The same question to each</h2><blockquote>{_e(report['question'])}</blockquote>"
         f"<dl class='answers'>{said}</dl></section>"
@@ -259,8 +268,8 @@ def _conditions(report: Mapping[str, Any]) -> str:
         "Machine": f"{described['cpu']}, {described['cores']} cores, "
         f"{described['memory_bytes'] / 1e9:,.0f} GB, {described['os']}",
         "Read bandwidth": bandwidth,
-        "Runs": f"medians of {settings['repeats']} fresh processes each, prompts of {settings['prompt_tokens']}"
-        f" tokens, {settings['decode_tokens']} decoded, context {settings['context']}",
+        "Runs": f"medians of {settings['repeats']} fresh processes each, prompts of "
+        f"{settings['prompt_tokens']} tokens, {settings['decode_tokens']} decoded",
         "Versions": f"Python {described['python']}, {versions}",
     }
     if report.get("task"):

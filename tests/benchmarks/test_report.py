@@ -78,7 +78,7 @@ def test_the_page_is_well_formed_and_complete(report):
     assert len(heading) == 11
     assert [row[0] for row in rows] == list(NAMES.values())
     assert rows[2][1:] == ["5.2", "6.34", "0.31", "42", "9,900", "1,100", "80", "0.0014", "98.7", "62"]
-    assert published[0] == "Fox-1 1.6B BF16, H100 (published)not ours"
+    assert published[0] == "Fox-1 1.6B BF16, H100not ours"
     assert published[6:8] == ["over 200", "3,703"]
     assert published[1] == "–"
     for said in (
