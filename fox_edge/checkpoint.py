@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips the random initialization of modules; on the meta device it would import half of torch for nothing."""
+    """Skips the random initialization of modules: on the meta device it imports half of torch for nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -277,6 +277,7 @@ class Checkpoint:
         generation = read_json_object(path) if path.is_file() else {}
         t = self._tokenizer
         ours = dict(zip(_TOKEN_IDS, (t.bos_id, t.eos_id, t.pad_id), strict=True))
+        said: dict[str, list[str]] = {}  # what is wrong -> the files that say so
         for file, fields in (("config.json", self._hf), (path.name, generation)):
             wrong = [
                 f"{key} is {fields[key]} ({ours[key]} in the tokenizer)"
@@ -284,7 +285,10 @@ class Checkpoint:
                 if fields.get(key) is not None and not self._agrees(key, fields[key], ours[key])
             ]
             if wrong:
-                self.notes.append(f"{file}: {', '.join(wrong)}; the tokenizer decides")
+                said.setdefault(", ".join(wrong), []).append(file)
+        self.notes += [
+            f"{' and '.join(files)}: {what}; the tokenizer decides" for what, files in said.items()
+        ]
         stops = sorted(t.stop_ids)
         ours["eos_token_id"] = stops if len(stops) > 1 else ours["eos_token_id"]  # type: ignore[assignment]
         return {**generation, **{key: value for key, value in ours.items() if value is not None}}

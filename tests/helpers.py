@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
+from fox_edge.errors import CheckpointError, FoxEdgeError
+from fox_edge.sentencepiece_model import KIND_NUMBERS
+from fox_edge.tokenizer import Tokenizer
 
 VOCAB = 512
 
@@ -180,3 +185,35 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
         save_file(part, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def message_of(folder: Path | str, kind: type[FoxEdgeError] = CheckpointError) -> str:
+    """What the user is told on opening this; always one sentence."""
+    with pytest.raises(kind) as error:
+        Checkpoint.open(folder)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+def vocabulary_in_llama_cpp(tokenizer: Tokenizer, path: Path) -> Any:
+    """A llama_cpp.Llama on a GGUF that holds nothing but the tokenizer's own account of itself."""
+    import gguf
+    import llama_cpp
+
+    pieces = tokenizer.pieces()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    # llama.cpp looks for user-defined pieces in the text itself, where a space is a space.
+    texts = [p.text.replace("\u2581", " ") if p.kind == "user_defined" else p.text for p in pieces]
+    writer.add_token_list([text.encode() for text in texts])
+    writer.add_token_scores([p.score for p in pieces])
+    writer.add_token_types([KIND_NUMBERS[p.kind] for p in pieces])
+    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_add_space_prefix(tokenizer.add_space_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)

@@ -7,8 +7,6 @@ import json
 import random
 from pathlib import Path
 
-import gguf
-import llama_cpp
 import pytest
 import sentencepiece
 import tokenizers
@@ -19,10 +17,10 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import SHAPES, FoxConfig
 from fox_edge.errors import CheckpointError, TokenizerError
 from fox_edge.new import new_checkpoint, random_rows
-from fox_edge.sentencepiece_model import KIND_NUMBERS, SentencePieceModel
+from fox_edge.sentencepiece_model import Piece, SentencePieceModel
 from fox_edge.stand_in import stand_in_files, stand_in_pieces
 from fox_edge.tokenizer import Tokenizer
-from tests.helpers import PROBES, TINY
+from tests.helpers import PROBES, TINY, vocabulary_in_llama_cpp
 
 NANO = Path(__file__).parents[2] / "fox_edge" / "nano"
 SIZE = 12_000
@@ -46,7 +44,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def nano_pieces() -> list[new.Tensor]:
+def nano_pieces() -> list[Piece]:
     return SentencePieceModel.parse((NANO / "tokenizer.model").read_bytes(), "nano").pieces
 
 
@@ -84,23 +82,6 @@ def test_made_up_pieces_are_used(tokenizer: Tokenizer) -> None:
     made_up = range(SIZE - 2000, SIZE)
     found = [id for id in made_up if tokenizer.encode(pieces[id].text.replace("\u2581", " ")) == [id]]
     assert len(found) > len(made_up) // 2
-
-
-def vocabulary_in_llama_cpp(tokenizer: Tokenizer, path: Path) -> llama_cpp.Llama:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    pieces = tokenizer.pieces()
-    texts = [p.text.replace("\u2581", " ") if p.kind == "user_defined" else p.text for p in pieces]
-    writer.add_token_list([text.encode() for text in texts])
-    writer.add_token_scores([p.score for p in pieces])
-    writer.add_token_types([KIND_NUMBERS[p.kind] for p in pieces])
-    writer.add_bos_token_id(2)
-    writer.add_eos_token_id(1)
-    writer.add_add_space_prefix(False)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
 
 
 def test_stand_in_is_deterministic(files: dict[str, bytes]) -> None:

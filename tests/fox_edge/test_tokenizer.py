@@ -7,18 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-import gguf
-import llama_cpp
 import pytest
 import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.errors import TokenizerError
-from fox_edge.sentencepiece_model import KIND_NUMBERS, SentencePieceModel, with_kinds
+from fox_edge.sentencepiece_model import SentencePieceModel, with_kinds
 from fox_edge.tokenizer import Tokenizer
-from tests.helpers import PROBES, sentencepiece_bytes, write_tokenizer
+from tests.helpers import PROBES, vocabulary_in_llama_cpp, write_tokenizer
 
 NANO = Path(__file__).parents[2] / "fox_edge" / "nano"
 MESSAGES = [
@@ -81,7 +78,7 @@ def from_json(nano_json: Path) -> Tokenizer:
     return Tokenizer.from_folder(nano_json)
 
 
-# ---- agreement with independent implementations ---------------------------------------------------
+# ---- agreement with independent implementations -----------------------------------------------------
 
 
 @pytest.mark.parametrize("text", PROBES)
@@ -120,27 +117,8 @@ def test_json_has_the_same_pieces(nano: Tokenizer, from_json: Tokenizer) -> None
         assert getattr(from_json, name) == getattr(nano, name), name
 
 
-def spm_in_llama_cpp(tokenizer: Tokenizer, path: Path) -> llama_cpp.Llama:
-    """A GGUF that holds nothing but the tokenizer's own account of itself, opened in llama.cpp."""
-    pieces = tokenizer.pieces()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    texts = [p.text.replace("\u2581", " ") if p.kind == "user_defined" else p.text for p in pieces]
-    writer.add_token_list([text.encode() for text in texts])
-    writer.add_token_scores([p.score for p in pieces])
-    writer.add_token_types([KIND_NUMBERS[p.kind] for p in pieces])
-    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_add_space_prefix(tokenizer.add_space_prefix)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-
-
 def test_llama_cpp_gives_the_same_ids(opened: Tokenizer, tmp_path: Path) -> None:
-    theirs = spm_in_llama_cpp(opened, tmp_path / "vocabulary.gguf")
+    theirs = vocabulary_in_llama_cpp(opened, tmp_path / "vocabulary.gguf")
     for text in PROBES:
         for special in (False, True):
             expected = theirs.tokenize(text.encode(), add_bos=False, special=special)
@@ -166,7 +144,7 @@ def test_random_text_agrees_everywhere(nano: Tokenizer, from_json: Tokenizer, tm
         "<<3+4=7>>",
         "the",
     ]
-    llama = spm_in_llama_cpp(nano, tmp_path / "vocabulary.gguf")
+    llama = vocabulary_in_llama_cpp(nano, tmp_path / "vocabulary.gguf")
     for _ in range(100):
         text = "".join(rng.choices(words, k=rng.randint(1, 30)))
         ids = nano.encode(text, special=True)
@@ -200,7 +178,7 @@ def test_byte_level_json(tmp_path: Path) -> None:
         assert stream_of(ours, ids) == text
 
 
-# ---- special tokens -------------------------------------------------------------------------------
+# ---- special tokens ---------------------------------------------------------------------------------
 
 
 def test_special_ids(gemma: Path) -> None:
@@ -325,7 +303,7 @@ def test_generation_config_is_believed_only_where_it_can_be_right(
     assert t.stop_ids == {1, t.id_of("<end_of_turn>")} | extra
 
 
-# ---- streaming ------------------------------------------------------------------------------------
+# ---- streaming --------------------------------------------------------------------------------------
 
 
 def stream_of(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -373,101 +351,7 @@ def test_id_outside_the_vocabulary(gemma: Path) -> None:
             t.decode([id])
 
 
-# ---- chat -----------------------------------------------------------------------------------------
-
-
-def test_exactly_one_bos(gemma: Path) -> None:
-    t = Tokenizer.from_folder(gemma)
-    ids = t.encode_chat(MESSAGES)
-    assert ids[0] == 2 and ids.count(2) == 1
-    without = Tokenizer.from_folder(settings(gemma, chat_template="{{ messages[0]['content'] }}"))
-    assert without.encode_chat(MESSAGES)[:1] == [2] and without.encode_chat(MESSAGES).count(2) == 1
-
-
-def test_fallback_is_foxs_format(gemma: Path) -> None:
-    t = Tokenizer.from_folder(settings(gemma, chat_template=None))
-    assert t.chat_template == FOX_TEMPLATE
-    assert any("no chat template" in note for note in t.notes)
-    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert t.render_chat(system) == "<|system|>\nBe brief.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n"
-    assert t.encode_chat(system).count(1) == 2
-
-
-def test_own_template_needs_no_note(gemma: Path) -> None:
-    assert Tokenizer.from_folder(gemma).notes == []
-
-
-def test_where_templates_are_found(gemma: Path) -> None:
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "list"}]
-    assert Tokenizer.from_folder(settings(gemma, chat_template=named)).chat_template == "list"
-    settings(gemma, chat_template=None)
-    (gemma / "chat_template.json").write_text('{"chat_template": "json"}')
-    assert Tokenizer.from_folder(gemma).chat_template == "json"
-    settings(gemma, chat_template="settings")
-    assert Tokenizer.from_folder(gemma).chat_template == "settings"
-    (gemma / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_folder(gemma).chat_template == "file"
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot render"),
-        ("{{ messages.__init__.__globals__ }}", "cannot render"),
-        (
-            "{% for m in messages %}{{ m.append }}{{ cycler.__init__.__globals__.os }}{% endfor %}",
-            "cannot render",
-        ),
-        ("{{ 'x' * 999999999999 }}", "repetition too long"),
-        ("{{ [0] * 999999999999 }}", "repetition too long"),
-        ("{{ 9 ** 9 ** 9 ** 9 }}", "power too large"),
-        ("{{ '%999999999d' % 1 }}", "not allowed"),
-        ("{% for i in range(99999999) %}x{% endfor %}", "cannot render"),
-        (
-            "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
-            "more than 16777216",
-        ),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[9]['content'] + 'x' }}", "cannot render"),
-        ("{{ nothing() }}", "nothing"),
-        ("{% include '/etc/passwd' %}", "cannot render"),
-    ],
-)
-def test_hostile_or_failing_template(gemma: Path, template: str, words: str) -> None:
-    t = Tokenizer.from_folder(settings(gemma, chat_template=template))
-    with pytest.raises(TokenizerError, match=words):
-        t.render_chat(MESSAGES)
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{% if %}", "not valid Jinja"),
-        (7, "int"),
-        ("x" * (1 << 19), "524288 characters"),
-        ("{{ x", "not valid"),
-    ],
-)
-def test_template_that_is_none(gemma: Path, template: Any, words: str) -> None:
-    with pytest.raises(TokenizerError, match=words):
-        Tokenizer.from_folder(settings(gemma, chat_template=template))
-
-
-@pytest.mark.parametrize(
-    "messages", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}]]
-)
-def test_messages_without_text(gemma: Path, messages: Any) -> None:
-    with pytest.raises(TokenizerError, match="chat message 0 has no text under"):
-        Tokenizer.from_folder(gemma).render_chat(messages)
-
-
-def test_template_helpers(gemma: Path) -> None:
-    source = "{{ messages | tojson }}{{ strftime_now('%Y') | length }}"
-    t = Tokenizer.from_folder(settings(gemma, chat_template=source))
-    assert t.render_chat([{"role": "user", "content": "<é>"}]) == '[{"role": "user", "content": "<é>"}]4'
-
-
-# ---- damaged files --------------------------------------------------------------------------------
+# ---- damaged files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -519,48 +403,3 @@ def test_file_too_large(gemma: Path) -> None:
         file.truncate(300 << 20)
     with pytest.raises(TokenizerError, match=f"{300 << 20} bytes"):
         Tokenizer.from_folder(gemma)
-
-
-# ---- the model file's fields ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gemma_like", [True, False])
-@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_model_file_fields_are_sentencepieces(gemma_like: bool, algorithm: str) -> None:
-    data = sentencepiece_bytes(gemma_like, algorithm=algorithm)
-    ours = SentencePieceModel.parse(data, "x")
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
-    ids = list(range(theirs.vocab_size()))
-    assert ours.algorithm == algorithm and ours.byte_fallback
-    assert [p.text for p in ours.pieces] == [theirs.id_to_piece(i) for i in ids]
-    assert [p.score for p in ours.pieces] == [theirs.get_score(i) for i in ids]
-    for kind, test in (
-        ("control", theirs.is_control),
-        ("unknown", theirs.is_unknown),
-        ("byte", theirs.is_byte),
-    ):
-        assert [p.kind == kind for p in ours.pieces] == [test(i) for i in ids]
-    their_ids = (theirs.unk_id(), theirs.bos_id(), theirs.eos_id(), theirs.pad_id())
-    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id) == their_ids
-    assert ours.add_dummy_prefix != gemma_like and not ours.remove_extra_whitespaces
-
-
-def test_model_file_round_trip() -> None:
-    data = sentencepiece_bytes()
-    model = SentencePieceModel.parse(data, "x")
-    again = SentencePieceModel.parse(model.to_bytes(), "y")
-    assert again == model
-    rewritten = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes())
-    original = sentencepiece.SentencePieceProcessor(model_proto=data)
-    for text in PROBES:
-        assert rewritten.encode(text) == original.encode(text)
-
-
-def test_changing_kinds_changes_nothing_else() -> None:
-    data = sentencepiece_bytes()
-    changed = with_kinds(data, {6: "control"})
-    before, after = SentencePieceModel.parse(data, "x"), SentencePieceModel.parse(changed, "x")
-    assert after.pieces[6].kind == "control" and before.pieces[6].kind == "user_defined"
-    after.pieces[6] = before.pieces[6]
-    assert after == before
-    assert with_kinds(changed, {6: "user_defined"}) == data
