@@ -90,7 +90,9 @@ def test_limits_that_cannot_be_met_fail_the_logits(checkpoint: Checkpoint, tmp_p
     assert not report["passed"] and "the limit is 1e-12" in failed(report)["logits"]
 
 
-def test_greedy_text_of_a_crude_export_differs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_greedy_text_of_a_crude_export_differs(tmp_path: Path) -> None:
+    # Not tied: a tied random model repeats its last token, however crudely it is rounded.
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "fox", TINY_256, tied=False))
     artifact = exported(checkpoint, tmp_path, "gguf", "q2_k")
     found = failed(verify(artifact, checkpoint, Limits(mean_kl_nats=10.0, greedy_tokens=64)))
     assert "the reference's" in found["greedy text"]
