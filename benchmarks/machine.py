@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fox_edge.processors import available_cores
+
 PACKAGES = ("torch", "numpy", "llama-cpp-python", "gguf", "onnxruntime", "onnx", "transformers")
 
 
@@ -51,15 +53,6 @@ def memory() -> Memory:
 def peak_rss_bytes() -> int:
     """The most resident memory this process ever had, bytes."""
     return memory().peak_rss
-
-
-def available_cores() -> int:
-    """Processors that this process may use: its affinity, cut by a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
-    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return cores
 
 
 def memory_bytes() -> int:

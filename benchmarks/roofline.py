@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.machine import available_cores, available_memory_bytes
+from benchmarks.machine import available_memory_bytes
+from fox_edge.processors import available_cores
 
 LARGEST_BUFFER_BYTES = 1 << 30
 _SMALLEST_BUFFER_BYTES = 1 << 20

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import fox_edge
 from fox_edge.artifact import MANIFEST, Artifact, ArtifactWriter, Manifest, TensorRecord
@@ -194,6 +198,24 @@ def _verification_line(report: dict[str, Any]) -> str:
     if isinstance(top1, int | float):
         words.append(f"same most likely token {top1:.1f} % of the time")
     return ", ".join(words) + "."
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """One thread per torch operator: the exporters' own threads are what runs side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at a place of an open file; a write that stops short is continued."""
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from export.common import (
@@ -26,8 +24,10 @@ from export.common import (
     finish,
     make_manifest,
     needed_bytes,
+    one_torch_thread,
     tensor_bytes,
     versions,
+    write_at,
 )
 from export.ggml import library, quantize
 from export.gguf_header import TensorPlace, pad, stored_name, write_header
@@ -35,6 +35,7 @@ from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, RecipeError
+from fox_edge.processors import available_cores
 from fox_edge.quant import GGUF, TYPES, Assignment, Recipe
 
 # Float32 rows that one thread holds at once.
@@ -99,8 +100,7 @@ def export_gguf(
 
 def default_threads() -> int:
     """Cores that this process may use, at most MAX_THREADS."""
-    allowed = os.cpu_count() or 1 if sys.platform != "linux" else len(os.sched_getaffinity(0))
-    return min(allowed, MAX_THREADS)
+    return min(available_cores(), MAX_THREADS)
 
 
 def model_file_name(checkpoint: Checkpoint, recipe: Recipe) -> str:
@@ -136,7 +136,7 @@ def write_tensors(
     try:
         # Reserves nothing, but gives the padding behind the last tensor its zeros.
         os.ftruncate(handle, start + pad(places[-1].offset + places[-1].bytes))
-        with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+        with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(_write_chunk, handle, start, checkpoint, chunk) for chunk in chunks]
             try:
                 for future, size in zip(futures, sizes, strict=True):
@@ -186,11 +186,7 @@ def _write_chunk(handle: int, start: int, checkpoint: Checkpoint, chunk: Chunk) 
     del rows
     if chunk.last:
         checkpoint.release(place.name)
-    offset = start + place.offset + chunk.start * blocks.shape[1]
-    view = blocks.reshape(-1).data
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
+    write_at(handle, blocks.reshape(-1).data, start + place.offset + chunk.start * blocks.shape[1])
 
 
 def _stored_bytes(checkpoint: Checkpoint, chunk: Chunk) -> int:
@@ -203,14 +199,3 @@ def _background(checkpoint: Checkpoint) -> Iterator[Future[str]]:
     """Hash the checkpoint while it is being quantized; hashlib lets go of the interpreter lock."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(checkpoint.digest)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Torch works within our threads: its own pool would only get in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,10 +7,8 @@ the operators (onnx_graph.py), nor the arithmetic of the types (blockwise.py), n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +24,10 @@ from export.common import (
     finish,
     make_manifest,
     needed_bytes,
+    one_torch_thread,
     tensor_bytes,
     versions,
+    write_at,
 )
 from export.onnx_graph import build_graph
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range, plan
@@ -36,6 +36,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.errors import RecipeError
 from fox_edge.model import rotary_tables
+from fox_edge.processors import available_cores
 from fox_edge.quant import ONNX, Assignment, Recipe
 
 MODEL_FILE = "model.onnx"
@@ -73,7 +74,7 @@ def export_onnx(
         writer.need(needed_bytes(checkpoint, assignments) + layout.table_bytes)
         model = build_graph(config, layout, DATA_FILE)
         (writer.folder / MODEL_FILE).write_bytes(model.SerializeToString())
-        _write_data(writer.folder / DATA_FILE, checkpoint, layout, threads or _cores(), progress)
+        _write_data(writer.folder / DATA_FILE, checkpoint, layout, threads or available_cores(), progress)
         copy_side_files(writer, checkpoint)
         manifest = make_manifest(
             checkpoint,
@@ -96,11 +97,6 @@ def _records(
         yield TensorRecord(
             name, stored, shape, given.type.name, tensor_bytes(name, shape, given), given.reason
         )
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def _write_data(
     weight_bytes = {name: checkpoint.dtype(name).itemsize for name in shapes}
     total = sum(weight_bytes[name] * int(np.prod(shape)) for name, shape in shapes.items())
     done = 0
-    with path.open("wb") as file, _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+    with path.open("wb") as file, one_torch_thread(), ThreadPoolExecutor(threads) as pool:
         file.truncate(layout.nbytes)
         handle = file.fileno()
         _write_tables(handle, checkpoint.config, layout)
@@ -180,21 +176,8 @@ def _write_tables(handle: int, config: FoxConfig, layout: Layout) -> None:
 
 
 def _write(handle: int, at: Range, first_row: int, rows: Tensor) -> None:
-    """Put rows into their range of the file; a write that stops short is continued."""
+    """Put rows into their range of the file."""
     data = memoryview(rows.contiguous().numpy()).cast("B")
     offset = at.offset + first_row * at.row_bytes
     assert offset + len(data) <= at.offset + at.nbytes, at.name
-    while data:
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """One thread per operator: the tasks themselves are what runs side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    write_at(handle, data, offset)

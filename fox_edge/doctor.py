@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from fox_edge.processors import available_cores
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
-            "processors": _processors(),
+            "processors": available_cores(),
         },
         "findings": [asdict(_try(*wanted)) for wanted in _WANTED] + [asdict(_cuda())],
     }
@@ -83,9 +83,3 @@ def _version(module: str) -> str:
         return importlib.metadata.version(module.split(".")[0])
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _processors() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

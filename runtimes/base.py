@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
-from fox_edge.errors import FoxEdgeError
+from fox_edge.errors import ContextOverflowError, FoxEdgeError
 
 Logits = NDArray[np.float32]
 
@@ -107,6 +107,24 @@ class ModelFile(Protocol):
     def close(self) -> None:
         """Let go of the file."""
         ...
+
+
+def check_tokens(session: Session, tokens: Sequence[int]) -> None:
+    """What every session refuses before it touches its cache.
+
+    Raises ContextOverflowError when the tokens do not fit, FoxEdgeError when there are none or an id is not
+    in the vocabulary.
+    """
+    if not len(tokens):
+        raise FoxEdgeError("a model needs at least one token to go on from")
+    if session.length + len(tokens) > session.context:
+        raise ContextOverflowError(
+            f"{session.length} tokens and {len(tokens)} more do not fit a context of {session.context}"
+        )
+    if not 0 <= min(tokens) <= max(tokens) < session.vocab_size:
+        raise FoxEdgeError(
+            f"token ids {min(tokens)} to {max(tokens)} are not all in a vocabulary of {session.vocab_size}"
+        )
 
 
 # Artifact format -> "module:class" of its ModelFile; constructed with (Artifact,).

@@ -7,10 +7,8 @@ of how the file was made.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -21,7 +19,8 @@ import numpy as np
 
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
+from fox_edge.processors import physical_cores
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
 from runtimes.gguf_file import read_config
 
 try:
@@ -73,19 +72,6 @@ def _load_model(path: Path, *, vocab_only: bool) -> int:
     if not model:
         raise ArtifactError(f"{path}: llama.cpp cannot open it{_complaint()}")
     return int(model)
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once: what llama.cpp's matrix kernels like best."""
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        with contextlib.suppress(OSError):
-            siblings.add(path.read_text(encoding="ascii").strip())
-    return len(siblings) or len(allowed)
 
 
 class Vocabulary:
@@ -234,16 +220,7 @@ class LlamaCppSession:
         """Refuse what cannot be appended, before the cache is touched."""
         if self._context is None:
             raise FoxEdgeError("this session is closed")
-        if not len(tokens):
-            raise FoxEdgeError("a model needs at least one token to go on from")
-        if self._length + len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{self._length} tokens and {len(tokens)} more do not fit a context of {self.context}"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            raise FoxEdgeError(
-                f"token ids {min(tokens)} to {max(tokens)} are not all in a vocabulary of {self.vocab_size}"
-            )
+        check_tokens(self, tokens)
 
     def _append(self, tokens: Sequence[int]) -> None:
         """Append tokens whose logits nobody reads."""

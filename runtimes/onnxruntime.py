@@ -10,7 +10,6 @@ graph how much of them is in use, so forgetting is a smaller number.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
+from fox_edge.processors import physical_cores
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
 from runtimes.onnx_external import read_graph
 
 try:
@@ -122,16 +122,7 @@ class OnnxSession:
         """The tokens as an array, once it is sure that they can be appended."""
         if self._session is None:
             raise FoxEdgeError("this session is closed")
-        if not len(tokens):
-            raise FoxEdgeError("a model needs at least one token to go on from")
-        if self.length + len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{self.length} tokens and {len(tokens)} more do not fit a context of {self.context}"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            raise FoxEdgeError(
-                f"token ids {min(tokens)} to {max(tokens)} are not all in a vocabulary of {self.vocab_size}"
-            )
+        check_tokens(self, tokens)
         return np.asarray(tokens, np.int64)
 
     def _run(self, ids: NDArray[np.int64], logits: Logits) -> None:
@@ -159,15 +150,3 @@ def _open(path: Path, threads: int) -> Any:
         # onnxruntime raises its own kinds and plain RuntimeErrors alike; all of them speak of this file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(f"{path}: onnxruntime cannot open it ({reason})") from error
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, two hardware threads of one core counted once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in cpus:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.is_file() else str(cpu))
-    return len(siblings)

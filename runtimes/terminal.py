@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from fox_edge.tokenizer import Tokenizer
-
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ContextOverflowError
 from fox_edge.progress import say
+from fox_edge.tokenizer import Tokenizer
 from runtimes.base import SessionOptions, open_session, runtime_name
 from runtimes.chat import Chat
 from runtimes.generate import Sampling

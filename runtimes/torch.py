@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fox_edge.errors import ContextOverflowError, FoxEdgeError
+from fox_edge.errors import FoxEdgeError
 from fox_edge.model import Fox, KVCache
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
 
 if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
@@ -90,16 +90,7 @@ class TorchSession:
         """Final hidden states (n, C), n <= chunk, of the tokens in order; all checks come before any work."""
         if self._model is None:
             raise FoxEdgeError("this session is closed")
-        if not len(tokens):
-            raise FoxEdgeError("a model needs at least one token to go on from")
-        if self.length + len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{self.length} tokens and {len(tokens)} more do not fit a context of {self.context}"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            raise FoxEdgeError(
-                f"token ids {min(tokens)} to {max(tokens)} are not all in a vocabulary of {self.vocab_size}"
-            )
+        check_tokens(self, tokens)
         ids = torch.tensor(list(tokens), dtype=torch.long, device=self._device)[None]
         for first in range(0, len(tokens), chunk):
             with torch.inference_mode():

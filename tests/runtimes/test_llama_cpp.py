@@ -22,7 +22,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.quant import GGUF, find_recipe
 from runtimes.base import SCORE_CHUNK, Session, SessionOptions, open_session
-from runtimes.llama_cpp import BATCH, LlamaCppSession, physical_cores
+from runtimes.llama_cpp import BATCH, LlamaCppSession
 from tests.helpers import TINY, make_checkpoint
 
 F32, FLASH_OFF = 0, 0
@@ -289,7 +289,3 @@ session.prefill([5, 6])
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_physical_cores() -> None:
-    assert 1 <= physical_cores() <= 4096

@@ -21,7 +21,7 @@ from fox_edge.checkpoint import Checkpoint, write_checkpoint
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError
 from fox_edge.quant import ONNX, find_recipe
 from runtimes.base import SCORE_CHUNK, Session, SessionOptions, open_session
-from runtimes.onnxruntime import OnnxSession, physical_cores
+from runtimes.onnxruntime import OnnxSession
 from tests.helpers import TINY, random_tensors
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, TINY.vocab_size, 200)]
@@ -128,10 +128,6 @@ def test_a_closed_session_says_so(session: OnnxSession) -> None:
     session.close()
     with pytest.raises(FoxEdgeError, match="closed"):
         session.step(1)
-
-
-def test_physical_cores() -> None:
-    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 
 
 # --- damaged and hostile artifacts --------------------------------------------------------------------------
