@@ -167,7 +167,7 @@ COLUMNS = (
     Column("first token ms", "time_to_first_token_s", "{:,.0f}", 1e3),
     Column("prompt tok/s", "prompt_tokens_per_s", "{:,.0f}"),
     Column("decode tok/s", "decode_tokens_per_s", "{:,.1f}"),
-    Column("of ceiling", "roofline_percent", "{:.0f} %"),
+    Column("of ceiling", "roofline_percent", "{:.1f} %"),
     Column("peak MB", "peak_rss_bytes", "{:,.0f}", 1e-6),
 )
 

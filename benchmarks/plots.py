@@ -62,7 +62,7 @@ def share_plot(rows: Sequence[Row]) -> str:
         _Bar(
             str(r["name"]),
             (float(r["roofline_percent"]),),
-            f"{r['roofline_percent']:.0f} %"
+            f"{r['roofline_percent']:.1f} %"
             + (f" · {r['decode_tokens_per_s']:,.0f} tok/s" if r.get("decode_tokens_per_s") else ""),
             (_class(r),),
         )
