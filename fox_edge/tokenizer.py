@@ -7,7 +7,6 @@ nothing of weights. The ids of config.json are not consulted: a published Fox ha
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fox_edge.chat_template import FOX_TEMPLATE, ChatTemplate, find_template
 from fox_edge.config import read_json_object
 from fox_edge.errors import CheckpointError, TokenizerError
 from fox_edge.sentencepiece_model import Piece
-from fox_edge.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
+from fox_edge.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, splitter
 
 __all__ = ["Piece", "StreamDecoder", "Tokenizer"]
 
@@ -58,7 +57,7 @@ class Tokenizer:
             {id for id, piece in enumerate(backend.pieces) if piece.kind in ("control", "unknown")}
             | {id for id in ids.values() if id is not None}
         )
-        self._splitter = _splitter([backend.pieces[id].text for id in self.special_ids])
+        self._splitter = splitter(backend.pieces[id].text for id in self.special_ids)
         self.stop_ids = self._find_stop_ids()
         template = find_template(folder, settings)
         if template is None:
@@ -226,12 +225,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What remains at the end: U+FFFD for a character that never became whole."""
         return self._decoder.decode(b"", final=True)
-
-
-def _splitter(texts: list[str]) -> re.Pattern[str] | None:
-    """A pattern that finds the leftmost, longest special token."""
-    texts = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
-    return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

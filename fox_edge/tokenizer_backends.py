@@ -7,8 +7,9 @@ token plays which role beyond what its own file says.
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +72,7 @@ class SentencePieceBackend:
         self._added = {
             p.text: count + n for n, p in enumerate(self.pieces[count:]) if p.kind == "user_defined"
         }
+        self._splitter = splitter(self._added)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=with_kinds(data, changed) if changed else data
@@ -85,19 +87,12 @@ class SentencePieceBackend:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; raises TokenizerError where the vocabulary cannot express it."""
-        if not self._added:
+        if self._splitter is None:
             return self._encode(text)
         ids: list[int] = []
-        start = at = 0
-        longest_first = sorted(self._added, key=len, reverse=True)
-        while at < len(text):
-            found = next((t for t in longest_first if text.startswith(t, at)), None)
-            if found is None:
-                at += 1
-                continue
-            ids += [*self._encode(text[start:at]), self._added[found]]
-            start = at = at + len(found)
-        return ids + self._encode(text[start:])
+        for part in self._splitter.split(text):
+            ids += [self._added[part]] if part in self._added else self._encode(part)
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         # A lone surrogate cannot be written in UTF-8; the rest of the text should not be lost for it.
@@ -172,6 +167,12 @@ class JsonBackend:
     def piece_bytes(self, id: int) -> bytes:
         """UTF-8 of a piece; bytes for byte pieces and byte-level alphabets."""
         return self._bytes[id]
+
+
+def splitter(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds the leftmost, longest of these texts and keeps it when splitting; None for none."""
+    ordered = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
 
 def _read(path: Path) -> bytes:
