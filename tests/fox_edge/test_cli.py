@@ -46,11 +46,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs, expects exit status 2, nothing on stdout and one line on stderr; returns the line."""
+    """Runs, expects exit status 2, nothing on stdout and one sentence on stderr (after notes); returns it."""
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
-    assert err.count("\n") == 1, err
-    return err
+    *notes, sentence = err.splitlines()
+    assert all(note.startswith("note: ") for note in notes), err
+    return sentence
 
 
 def test_export_json(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
