@@ -63,7 +63,7 @@ class FoxConfig:
             )
         if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
             raise CheckpointError(
-                f"config.json: rms_norm_eps {self.rms_norm_eps}, rope_theta {self.rope_theta}: must be above 0"
+                f"config.json: rms_norm_eps {self.rms_norm_eps}, rope_theta {self.rope_theta}: not above 0"
             )
 
     @classmethod

@@ -170,7 +170,7 @@ class JsonBackend:
 
 
 def splitter(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds the leftmost, longest of these texts and keeps it when splitting; None for none."""
+    """A pattern that finds the leftmost, longest of these texts and keeps it when splitting."""
     ordered = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
     return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
