@@ -43,7 +43,7 @@ class Cost:
     stdout: str
 
 
-def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Cost:
+def run(command: Sequence[object], env: dict[str, str] | None = None) -> Cost:
     """Run a command to its end; raises RuntimeError with its last words when it fails."""
     say("$ " + " ".join(map(str, command)))
     start = time.monotonic()
@@ -79,7 +79,7 @@ def _watch(process: subprocess.Popen[str], peaks: dict[str, int]) -> None:
         time.sleep(_SAMPLE_S)
 
 
-def fox_edge(*arguments: str | Path) -> dict[str, Any]:
+def fox_edge(*arguments: object) -> dict[str, Any]:
     """Run one verb with --json in a fresh process."""
     cost = run([sys.executable, "-m", "fox_edge.cli", *arguments, "--json"])
     result: dict[str, Any] = json.loads(cost.stdout)

@@ -56,8 +56,10 @@ def demo_table(report: Mapping[str, Any]) -> str:
             *("", "", ""),
         ]
     )
-    head = ("nano as", "MB", "load, s", "first token, ms", "prompt tok/s", "decode tok/s")
-    head += ("peak RSS, MB", "mean KL, nats", "top-1, %", "word problems right")
+    head = (
+        *("nano as", "MB", "load, s", "first token, ms", "prompt tok/s", "decode tok/s"),
+        *("peak RSS, MB", "mean KL, nats", "top-1, %", "word problems right"),
+    )
     return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
 
 
