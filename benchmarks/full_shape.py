@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
 EXPORTS = (("gguf", "int4"), ("gguf", "int8"), ("onnx", "int4"), ("onnx", "int8"))
@@ -117,7 +118,7 @@ def llama_cpp_exports(checkpoint: Path, work: Path, source: Path, build: Path) -
     rows = []
     for quant in ("Q4_K_M", "Q4_0", "Q8_0"):
         target = work / f"peer-{quant}.gguf"
-        quantize = run([build / "bin" / "llama-quantize", whole, target, quant, str(os.cpu_count())])
+        quantize = run([build / "bin" / "llama-quantize", whole, target, quant, available_cores()])
         rows.append(
             {
                 "who": "llama.cpp",
@@ -221,21 +222,17 @@ def our_runs(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def llama_bench(file: Path, build: Path) -> dict[str, Any]:
-    """One round of llama-bench: the prompt alone and the decode alone, as it measures them."""
-    cost = run(
-        [
-            *(build / "bin" / "llama-bench", "-m", file, "-p", PROMPT_TOKENS, "-n", DECODE_TOKENS),
-            *("-t", os.cpu_count() or 1, "-r", "2", "-o", "json"),
-        ]
-    )
-    tests = json.loads(cost.stdout)
+    """One round of llama-bench: the prompt into an empty context, the decode behind as long a prompt."""
+    bench = [build / "bin" / "llama-bench", "-m", file, "-t", physical_cores(), "-r", 2, "-o", "json"]
+    prompt = run([*bench, "-p", PROMPT_TOKENS, "-n", 0])
+    decode = run([*bench, "-p", 0, "-n", DECODE_TOKENS, "-d", PROMPT_TOKENS])
     return {
         "who": "llama-bench",
         "artifact": file.name,
-        "prompt_tokens_per_s": next(t["avg_ts"] for t in tests if t["n_prompt"]),
-        "decode_tokens_per_s": next(t["avg_ts"] for t in tests if t["n_gen"]),
-        "peak_rss_bytes": cost.peak_rss_bytes,
-        "peak_anonymous_bytes": cost.peak_anonymous_bytes,
+        "prompt_tokens_per_s": json.loads(prompt.stdout)[0]["avg_ts"],
+        "decode_tokens_per_s": json.loads(decode.stdout)[0]["avg_ts"],
+        "peak_rss_bytes": max(prompt.peak_rss_bytes, decode.peak_rss_bytes),
+        "peak_anonymous_bytes": max(prompt.peak_anonymous_bytes, decode.peak_anonymous_bytes),
     }
 
 
