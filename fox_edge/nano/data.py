@@ -16,7 +16,7 @@ import sentencepiece as spm
 
 from fox_edge.nano.make_tokenizer import BOS, EOS, PAD
 from fox_edge.nano.plan import Stage
-from fox_edge.nano.problems import Problem, generate
+from fox_edge.nano.problems import Problem, generate, practice_sheets
 
 IGNORE = -100
 TOKENIZER_PROBLEMS = 20_000
@@ -53,15 +53,18 @@ def plain_text(pair: Pair) -> str:
     return f"{question_text(pair[0])} {pair[1]}"
 
 
-def mixture(gsm8k: Sequence[Pair], generated: Sequence[Pair], share: float, seed: int) -> Iterator[Pair]:
-    """Documents in training order: `share` of them from GSM8K (shuffled passes), until `generated` ends."""
+def mixture(gsm8k: Sequence[Pair], generated: Sequence[Pair], stage: Stage, seed: int) -> Iterator[Pair]:
+    """Documents in training order: GSM8K (shuffled passes) and sheets of sums among all of `generated`."""
     rng = random.Random(f"nano mixture {seed}")
+    sheets = practice_sheets(seed)
     books: list[Pair] = []
     for made in generated:
-        while share and rng.random() < share:
+        while stage.gsm8k_share and rng.random() < stage.gsm8k_share:
             if not books:
                 books = rng.sample(list(gsm8k), len(gsm8k))
             yield books.pop()
+        while stage.sheets_share and rng.random() < stage.sheets_share:
+            yield next(sheets)
         yield made
 
 
@@ -113,6 +116,6 @@ def stage_batches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All inputs and targets of a stage, (steps * rows, chunk) int32; the instruction stage has no drills."""
     generated = pairs(generate(seed, stage.tokens // LEAST_TOKENS_PER_PROBLEM + 1000, drills=not stage.chat))
-    documents = mixture(gsm8k, generated, stage.gsm8k_share, seed)
+    documents = mixture(gsm8k, generated, stage, seed)
     count = stage.steps * stage.rows
     return (chat_rows if stage.chat else chunks)(processor, documents, stage.chunk, count)

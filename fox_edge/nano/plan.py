@@ -15,7 +15,8 @@ from dataclasses import dataclass
 class Stage:
     """One stage: `steps` optimizer steps of `batch_tokens` tokens in chunks of `chunk` tokens.
 
-    `gsm8k_share` of its documents come from GSM8K's train split, the rest from the generator.
+    Beside generated problems, it reads documents from GSM8K's train split and sheets of bare sums, each
+    with its share: the chance that one more of them comes before the next problem.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Stage:
     batch_tokens: int
     steps: int
     gsm8k_share: float
+    sheets_share: float = 0.0
     chat: bool = False
 
     @property
@@ -42,14 +44,22 @@ class Plan:
 
     stages: tuple[Stage, ...] = (
         Stage("stage 1", chunk=256, batch_tokens=2048, steps=2800, gsm8k_share=0.15),
-        Stage("stage 2", chunk=512, batch_tokens=4096, steps=700, gsm8k_share=0.15),
-        Stage("stage 3", chunk=1024, batch_tokens=4096, steps=100, gsm8k_share=0.15),
-        Stage("instruction", chunk=512, batch_tokens=4096, steps=1200, gsm8k_share=0.06, chat=True),
+        Stage("stage 2", chunk=512, batch_tokens=4096, steps=800, gsm8k_share=0.15, sheets_share=0.15),
+        Stage("stage 3", chunk=1024, batch_tokens=4096, steps=100, gsm8k_share=0.15, sheets_share=0.15),
+        Stage(
+            "instruction",
+            chunk=512,
+            batch_tokens=4096,
+            steps=1400,
+            gsm8k_share=0.06,
+            sheets_share=0.1,
+            chat=True,
+        ),
     )
     peak_lr: float = 3e-3
     final_lr_share: float = 0.02
     warmup_steps: int = 200
-    decay_share: float = 0.3
+    decay_share: float = 0.35
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -162,6 +162,23 @@ def _held_out() -> tuple[Problem, ...]:
 @cache
 def _held_out_questions() -> frozenset[str]:
     return frozenset(problem.question for problem in _held_out())
+
+
+def practice_sheets(seed: int) -> Iterator[tuple[str, str]]:
+    """Without end, (question, answer) pairs of six bare sums, for more arithmetic per token."""
+    rng = random.Random(f"nano sheets {seed}")
+    while True:
+        sums = [_bare_sum(rng) for _ in range(6)]
+        yield (
+            f"Work out {', '.join(sums)}.",
+            "\n".join(f"{expression}={calculate(expression)}" for expression in sums),
+        )
+
+
+def _bare_sum(rng: random.Random) -> str:
+    a, b = rng.randint(2, 120), rng.randint(2, 80)
+    p, q = rng.randint(2, 30), rng.randint(2, 12)
+    return rng.choice((f"{a}+{b}", f"{a + b}-{a}", f"{a + b}-{b}", f"{p}*{q}", f"{q}*{p}", f"{p * q}/{q}"))
 
 
 def final_answer(text: str) -> str | None:

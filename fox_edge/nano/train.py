@@ -203,7 +203,7 @@ def prepare(gsm8k_path: Path, out: Path, seed: int, plan: Plan) -> None:
         np.save(out / f"stage-{index}.npy", np.stack(arrays))
 
 
-def _stage_data(out: Path, index: int, stage: Stage, plan: Plan, workers: int) -> tuple[np.ndarray, int]:
+def stage_data(out: Path, index: int, stage: Stage, plan: Plan, workers: int) -> tuple[np.ndarray, int]:
     """A stage's (2, rows, chunk) inputs and targets, mapped, and the most targets in one micro-batch."""
     arrays = np.load(out / f"stage-{index}.npy", mmap_mode="r")
     parts = micro_batches(arrays[1, : stage.rows], plan, workers)
@@ -222,11 +222,12 @@ def work(rank: int, workers: int, out: Path, seed: int, plan: Plan, evaluate_eve
     trainer = Trainer(FoxConfig.nano(), plan, seed, rank, workers)
     if (out / "checkpoint.pt").exists():
         trainer.load(out / "checkpoint.pt")
-    progress, current, losses = trainer.progress, -1, []
+    progress, current = trainer.progress, -1
+    losses: list[float] = []
     started = time.monotonic() - progress.wall_s
     for index, stage, step in _steps(plan, progress.step):
         if index != current:
-            arrays, capacity = _stage_data(out, index, stage, plan, workers)
+            arrays, capacity = stage_data(out, index, stage, plan, workers)
             current, losses = index, []
         rows = slice(step * stage.rows, (step + 1) * stage.rows)
         losses.append(trainer.step(arrays[0, rows], arrays[1, rows], capacity))

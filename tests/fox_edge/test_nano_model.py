@@ -17,7 +17,7 @@ from fox_edge.nano import data
 from fox_edge.nano.evaluate import accuracy, load, perplexity
 from fox_edge.nano.plan import Plan, Stage
 from fox_edge.nano.problems import generate, held_out
-from fox_edge.nano.train import Trainer, _stage_data, export_weights, read_positions
+from fox_edge.nano.train import Trainer, export_weights, read_positions, stage_data
 
 NANO = Path(fox_edge.nano.__file__).parent
 TEXTS = [
@@ -137,13 +137,17 @@ def test_the_model_answers():
     model, processor = load(NANO)
     assert accuracy(model, processor, held_out(24)) >= 50
     documents = data.pairs(held_out(5))
-    assert 1 < perplexity(model, processor, documents)["perplexity"] < 5
+    assert 1 < perplexity(model, processor, documents)["perplexity"] < 12
 
 
 def test_training_is_finished_as_planned():
     log = json.loads((NANO / "training.json").read_text())
     assert log["tokens"] == Plan().tokens == sum(stage["tokens"] for stage in log["stages"])
     assert [stage["name"] for stage in log["stages"]] == [stage.name for stage in Plan().stages]
+    card = (NANO / "README.md").read_text(encoding="utf-8")
+    assert f"{FoxConfig.nano().num_parameters():,}" in card
+    for stage in log["stages"]:
+        assert f"| {stage['tokens']:,} | {stage['loss_nats']} |" in card
 
 
 TINY = FoxConfig(8192, 32, 64, 1, 2, 1, 16, 1024)
@@ -151,10 +155,10 @@ TINY = FoxConfig(8192, 32, 64, 1, 2, 1, 16, 1024)
 
 def test_stages_hold_whole_documents_and_only_replies_are_targets(processor):
     books = [(f"Book {n}?", f"It is {n}.\n#### {n}") for n in range(5)]
-    inputs, targets = data.stage_batches(Stage("s", 64, 256, 3, 0.2), processor, books, 7)
+    inputs, targets = data.stage_batches(Stage("s", 64, 256, 3, 0.2, sheets_share=0.2), processor, books, 7)
     assert inputs.shape == targets.shape == (12, 64)
     assert inputs[0, 0] == 2 and (inputs.reshape(-1)[1:] == targets.reshape(-1)[:-1]).all()
-    longer, _ = data.stage_batches(Stage("s", 64, 256, 4, 0.2), processor, books, 7)
+    longer, _ = data.stage_batches(Stage("s", 64, 256, 4, 0.2, sheets_share=0.2), processor, books, 7)
     assert (longer[:12] == inputs).all()
 
     inputs, targets = data.stage_batches(Stage("c", 256, 512, 2, 0.2, chat=True), processor, books, 7)
@@ -174,7 +178,7 @@ def test_the_training_loop_learns_resumes_and_exports(tmp_path, processor):
     stage = Stage("s", 64, 512, 30, 0.0)
     plan = Plan(stages=(stage,), peak_lr=1e-2, warmup_steps=5, micro_batch_tokens=256)
     np.save(tmp_path / "stage-0.npy", np.stack(data.stage_batches(stage, processor, [], 3)))
-    arrays, capacity = _stage_data(tmp_path, 0, stage, plan, workers=1)
+    arrays, capacity = stage_data(tmp_path, 0, stage, plan, workers=1)
 
     def train(trainer, steps):
         rows = ((n * stage.rows, (n + 1) * stage.rows) for n in steps)
