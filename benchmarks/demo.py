@@ -29,7 +29,7 @@ from runtimes.base import SessionOptions
 from runtimes.chat import Chat
 
 EXPORTS = (("gguf", "int8"), ("gguf", "int4"), ("onnx", "int8"), ("onnx", "int4"))
-QUESTION = "A fox has 3 dens with 4 cubs in each den. Then 5 cubs leave. How many cubs are left?"
+QUESTION = "Ivy buys 4 crates of 12 apples. She gives 9 apples to Julia. How many does she have left?"
 TASK = "word-problems"
 _ANSWER_TOKENS = 160
 _CONTEXT = 512

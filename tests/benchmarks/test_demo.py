@@ -55,7 +55,7 @@ def test_the_page_stands_alone(finished: tuple[Path, list[str]]) -> None:
 def test_what_is_shown(finished: tuple[Path, list[str]]) -> None:
     text = "\n".join(finished[1])
     assert "not ours: H100, BF16" in text
-    assert "report.html" in text and "How many cubs are left?" in text
+    assert "report.html" in text and "How many does she have left?" in text
 
 
 def test_the_readme_table_of_a_report(finished: tuple[Path, list[str]]) -> None:
