@@ -96,7 +96,25 @@ def full_shape_table(results: Mapping[str, Any]) -> str:
     return "\n\n".join([*(_markdown(head, rows) for head, rows in tables), _machine(results["machine"])])
 
 
-_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table, "full-shape": full_shape_table}
+def accuracy_table(results: Mapping[str, Any]) -> str:
+    """What `fox-edge eval --json` found, without the answers."""
+    rows = [
+        [
+            row["artifact"].removeprefix("out/"),
+            f"{row['correct']} of {row['n']}",
+            "{:.0f} to {:.0f} %".format(*row["ci95_percent"]),
+            "–" if row["paired_p"] is None else f"{row['paired_p']:.2g}",
+        ]
+        for row in results["results"]
+    ]
+    return _markdown(("model", "right", "95 % interval", "p, paired with the first"), rows)
+
+
+_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": demo_table,
+    "accuracy": accuracy_table,
+    "full-shape": full_shape_table,
+}
 
 
 def _who(row: Mapping[str, Any]) -> str:

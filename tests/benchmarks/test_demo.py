@@ -1,6 +1,7 @@
 """The demo end to end on the embedded model, and the README's tables from what it wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_the_report_has_every_figure_of_every_row(finished: tuple[Path, list[str
 def test_the_page_stands_alone(finished: tuple[Path, list[str]]) -> None:
     page = (finished[0] / "report.html").read_text()
     assert page.count("<svg") >= 2
-    assert "src=" not in page and "@import" not in page and "<link" not in page
+    assert "src=" not in page and "@import" not in page and "http:" not in page and "https:" not in page
+    assert all(link.startswith("data:") for link in re.findall(r"href=['\"]([^'\"]*)", page))
     assert "H100" in page
 
 
