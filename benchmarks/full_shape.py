@@ -211,6 +211,12 @@ def reference_load(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def peer_versions(python: str) -> dict[str, str]:
+    """Versions in the peers' own Python (llama.cpp's is the one vendored in our llama-cpp-python)."""
+    program = "import importlib.metadata as m; print(m.version('onnxruntime-genai'))"
+    return {"onnxruntime-genai": run([python, "-c", program]).stdout.strip()}
+
+
 def our_runs(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """One round of `fox-edge bench` over the exports."""
     found = fox_edge(
@@ -332,6 +338,7 @@ def main() -> None:
     if args.genai:
         results["exports"].append(genai_export(checkpoint, work, args.genai))
         save()
+    results["peers"] = peer_versions(args.genai) if args.genai else {}
     rounds = []
     for _ in range(args.rounds):
         rows = our_runs(work, [f"{format}-{quant}" for format, quant in EXPORTS])

@@ -73,6 +73,7 @@ def test_the_readme_table_of_full_shape_results() -> None:
     results = {
         "prompt_tokens": 234,
         "machine": machine,
+        "peers": {"onnxruntime-genai": "0.18.0"},
         "exports": [export | {"peak_anonymous_bytes": 3e8, "peak_rss_bytes": 1.2e9}],
         "runs": [run | {"decode_tokens_per_s": 32.5, "peak_rss_bytes": 1.7e9}],
         "ratios": [{"what": "GGUF int4 export, wall", "ratio": 0.55}],
