@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ from fox_edge.progress import Progress, say
 if TYPE_CHECKING:
     from fox_edge.artifact import Artifact
     from fox_edge.checkpoint import Checkpoint
+    from fox_edge.quant import Limits, Recipe
 
 EXIT_OK, EXIT_BUG, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -71,17 +73,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from benchmarks.verify import limits_of, verify, verify_text
     from fox_edge.artifact import Artifact
 
     artifact = Artifact.open(Path(args.artifact))
-    limits = limits_of(artifact)
-    if args.max_mean_kl is not None:
-        limits = replace(limits, mean_kl_nats=args.max_mean_kl)
-    if args.greedy_tokens is not None:
-        limits = replace(limits, greedy_tokens=args.greedy_tokens)
+    limits = _limits(limits_of(artifact), args)
     report = verify(
         artifact, _checkpoint(args.checkpoint), limits, text=_text(args.text), threads=args.threads
     )
@@ -185,18 +181,17 @@ def _checkpoint(name: str) -> Checkpoint:
     return checkpoint
 
 
-def _recipe(args: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
+def _recipe(args: argparse.Namespace) -> Recipe:
     from fox_edge.quant import find_recipe
 
     recipe = find_recipe(args.format, args.quant)
-    limits = recipe.limits
-    if args.max_mean_kl is not None:
-        limits = replace(limits, mean_kl_nats=args.max_mean_kl)
-    if args.greedy_tokens is not None:
-        limits = replace(limits, greedy_tokens=args.greedy_tokens)
-    return replace(recipe, limits=limits)
+    return replace(recipe, limits=_limits(recipe.limits, args))
+
+
+def _limits(limits: Limits, args: argparse.Namespace) -> Limits:
+    """A recipe's limits, with what the user said instead."""
+    said = {"mean_kl_nats": args.max_mean_kl, "greedy_tokens": args.greedy_tokens}
+    return replace(limits, **{name: value for name, value in said.items() if value is not None})
 
 
 def _exporter(format: str) -> Callable[..., Artifact]:
