@@ -75,7 +75,8 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": available_cores(),
         "memory_bytes": memory_bytes(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        # The kernel's version without what its builder appended.
+        "os": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(),
     }
