@@ -182,8 +182,9 @@ class LlamaCppSession:
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Append tokens in batches; logits (vocab,) after the last, the only row computed."""
         self._check(tokens)
-        self._append(tokens[:-1])
-        return self._decode(tokens[-1:], 1)[0]
+        last = (len(tokens) - 1) // BATCH * BATCH
+        self._append(tokens[:last])
+        return self._decode(tokens[last:], 1)[0]
 
     def step(self, token: int) -> Logits:
         """Append one token; logits (vocab,) after it."""
