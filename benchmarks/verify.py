@@ -97,7 +97,7 @@ def verify(
                 _run("tokenizer", lambda: _tokenizer(file, tokenizer)),
                 _run("special tokens", lambda: _special_tokens(file, tokenizer)),
                 _run("chat template", lambda: _chat_template(file, tokenizer)),
-                _run("tie", lambda: file.tie() if artifact.manifest.tied else "the checkpoint is not tied"),
+                _run("tie", lambda: file.tie() if checkpoint.config.tied else "the checkpoint is not tied"),
                 _run("tensors", lambda: _tensors(file, artifact, checkpoint, threads or 2)),
             ]
         with contextlib.closing(open_session(artifact, SessionOptions(threads=threads))) as session:
@@ -250,8 +250,13 @@ def _tensors(file: ModelFile, artifact: Artifact, checkpoint: Checkpoint, thread
     done = 0
     with Progress("checking tensors") as progress, ThreadPoolExecutor(threads) as pool:
         for name, shape in shapes.items():
-            error = _relative_error(file, checkpoint, name, shape, pool)
-            bound = TYPES[artifact.manifest.format, records[name].type].max_error
+            kind = TYPES.get((artifact.manifest.format, records[name].type))
+            if kind is None:
+                raise VerificationError(
+                    f"{name}: the manifest's type '{records[name].type}' "
+                    f"is no {artifact.manifest.format} type"
+                )
+            error, bound = _relative_error(file, checkpoint, name, shape, pool), kind.max_error
             if not error <= bound:
                 raise VerificationError(
                     f"{name} ({records[name].type}): relative error {error:.2g}, above {bound:.2g}"

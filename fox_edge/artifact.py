@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,6 +92,8 @@ class Manifest:
             values["tensors"] = tuple(
                 TensorRecord(**{**t, "shape": tuple(int(n) for n in t["shape"])}) for t in values["tensors"]
             )
+            if not all(isinstance(t.name, str) and isinstance(t.type, str) for t in values["tensors"]):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{where}: field 'tensors' is not a list of tensor records") from None
         values["notes"] = tuple(str(n) for n in values["notes"])
@@ -152,6 +154,8 @@ class Artifact:
         for name in (manifest.model_file, *manifest.files):
             if not (path / name).is_file():
                 raise ArtifactError(f"{path / name}: named by the manifest, but missing")
+        if manifest.model_file not in manifest.files:
+            raise ArtifactError(f"{where}: has no sha256 for the model file '{manifest.model_file}'")
         return cls(path, manifest)
 
     @property
@@ -266,7 +270,7 @@ class ArtifactWriter:
     def commit(self, manifest: Manifest) -> Artifact:
         """Hash and flush every file, write the manifest last, rename the folder to the target."""
         files = {p.name: sha256_file(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
-        final = Manifest(**{**manifest.__dict__, "files": files})
+        final = replace(manifest, files=files)
         text = json.dumps(final.to_json(), indent=1, ensure_ascii=False) + "\n"
         (self.folder / MANIFEST).write_text(text, encoding="utf-8")
         for path in self.folder.iterdir():

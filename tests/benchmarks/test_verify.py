@@ -122,3 +122,30 @@ def test_a_manifest_without_limits(checkpoint: Checkpoint, tmp_path: Path) -> No
     (artifact.path / MANIFEST).write_text(json.dumps(fields))
     with pytest.raises(ArtifactError, match="no limits"):
         limits_of(Artifact.open(artifact.path))
+
+
+def lying(artifact: Artifact, change: dict) -> Artifact:
+    """The artifact with top-level fields of its manifest replaced."""
+    fields = json.loads((artifact.path / MANIFEST).read_text())
+    (artifact.path / MANIFEST).write_text(json.dumps(fields | change))
+    return Artifact.open(artifact.path)
+
+
+def test_a_manifest_cannot_talk_the_tie_away(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = lying(exported(checkpoint, tmp_path, "onnx"), {"tied": False})
+    tie = next(c for c in verify(artifact, checkpoint, LOOSE)["checks"] if c["name"] == "tie")
+    assert tie["passed"] and "hold them once" in tie["detail"]
+
+
+def test_a_type_that_does_not_exist(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "gguf")
+    tensors = json.loads((artifact.path / MANIFEST).read_text())["tensors"]
+    tensors[0]["type"] = "q9_z"
+    found = failed(verify(lying(artifact, {"tensors": tensors}), checkpoint, LOOSE))
+    assert found == {"tensors": "model.embed_tokens.weight: the manifest's type 'q9_z' is no gguf type"}
+
+
+def test_a_manifest_without_hashes_does_not_open(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    with pytest.raises(ArtifactError, match=r"has no sha256 for the model file 'model\.onnx'"):
+        lying(artifact, {"files": {}})
