@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
+from fox_edge.inspection import kv_bytes
 from fox_edge.quant import EMBEDDING
 from runtimes.base import RUNTIMES, Session, SessionOptions, load, open_session, runtime_name
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 TORCH_PREFIX = "torch:"
 _BF16_BYTES = 2
-# Bytes of one number in the KV cache: llama.cpp's and ours in PyTorch hold 16 bits, ONNX Runtime's 32.
-_KV_VALUE_BYTES = {"gguf": 2, "onnx": 4, "torch": 2}
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ class Subject:
         Every weight once. A tied matrix is read whole, as the head; an untied embedding only gives one row.
         """
         c = self.config
-        kv = 2 * c.num_layers * c.kv_dim * _KV_VALUE_BYTES[self.format] * positions
         unread = 0 if c.tied else self.embedding_bytes - self.embedding_bytes // c.vocab_size
-        return self.weight_bytes - unread + kv
+        return self.weight_bytes - unread + kv_bytes(c, self.format, positions)
 
     def prepare(self) -> None:
         """Import its runtime, so that opening a session is not charged for that.

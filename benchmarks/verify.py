@@ -26,6 +26,7 @@ from benchmarks.reference import ReferenceScorer
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, FoxEdgeError, VerificationError
+from fox_edge.processors import available_cores
 from fox_edge.progress import Progress
 from fox_edge.quant import TYPES, Limits
 from fox_edge.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ def verify(
                 _run("special tokens", lambda: _special_tokens(file, tokenizer)),
                 _run("chat template", lambda: _chat_template(file, tokenizer)),
                 _run("tie", lambda: file.tie() if checkpoint.config.tied else "the checkpoint is not tied"),
-                _run("tensors", lambda: _tensors(file, artifact, checkpoint, threads or 2)),
+                _run("tensors", lambda: _tensors(file, artifact, checkpoint, threads or available_cores())),
             ]
         with contextlib.closing(open_session(artifact, SessionOptions(threads=threads))) as session:
             checks += _logits(session, checkpoint, text, limits, report)

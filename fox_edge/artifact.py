@@ -198,18 +198,15 @@ def export_summary(
 
 
 def export_text(result: dict[str, Any]) -> str:
-    """The summary as lines for a person."""
+    """The summary as lines for a person; the notes were told when the checkpoint was opened."""
     tied = ", embedding and head one matrix" if result["tied_copies"] == 1 else ""
-    lines = [f"note: {note}" for note in result["notes"]]
-    lines.append(
+    lines = [
         f"{result['artifact']}: {result['format']} {result['quant']}, {result['bytes'] / 1e6:,.1f} MB, "
-        f"{result['bits_per_weight']:.2f} bits per weight{tied}"
-    )
-    lines.append(
+        f"{result['bits_per_weight']:.2f} bits per weight{tied}",
         f"written in {result['seconds']:.1f} s at a peak of {result['peak_rss_bytes'] / 1e6:,.0f} MB; "
         f"verified in {result['verify_seconds']:.1f} s: mean KL {result['mean_kl_nats']:.2g} nats, "
-        f"top-1 agreement {result['top1_agreement_percent']:.1f} %"
-    )
+        f"top-1 agreement {result['top1_agreement_percent']:.1f} %",
+    ]
     return "\n".join(lines)
 
 

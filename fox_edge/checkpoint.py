@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from fox_edge.config import FoxConfig, read_json_object
 from fox_edge.errors import CheckpointError, TokenizerError
 from fox_edge.locate import locate
 from fox_edge.model import Fox
+from fox_edge.processors import available_cores
 from fox_edge.quant import EMBEDDING, HEAD
 from fox_edge.safetensors_file import FLOATS, SafetensorsWriter
 from fox_edge.shards import open_shards
@@ -129,7 +129,7 @@ class Checkpoint:
             for path in self.tokenizer_files():
                 whole.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
             # hashlib lets go of the interpreter lock, so tensors are hashed side by side.
-            with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(_HASH_THREADS, available_cores())) as pool:
                 for name, digest in zip(self._shapes, pool.map(self._hash, self._shapes), strict=True):
                     whole.update(f"{name} {self.dtype(name)} {self._shapes[name]} ".encode() + digest)
             self._digest = whole.hexdigest()
@@ -276,7 +276,7 @@ class Checkpoint:
         path = self.path / "generation_config.json"
         generation = read_json_object(path) if path.is_file() else {}
         t = self._tokenizer
-        ours = dict(zip(_TOKEN_IDS, (t.bos_id, t.eos_id, t.pad_id), strict=True))
+        ours: dict[str, Any] = dict(zip(_TOKEN_IDS, (t.bos_id, t.eos_id, t.pad_id), strict=True))
         said: dict[str, list[str]] = {}  # what is wrong -> the files that say so
         for file, fields in (("config.json", self._hf), (path.name, generation)):
             wrong = [
@@ -290,7 +290,8 @@ class Checkpoint:
             f"{' and '.join(files)}: {what}; the tokenizer decides" for what, files in said.items()
         ]
         stops = sorted(t.stop_ids)
-        ours["eos_token_id"] = stops if len(stops) > 1 else ours["eos_token_id"]  # type: ignore[assignment]
+        if len(stops) > 1:
+            ours["eos_token_id"] = stops
         return {**generation, **{key: value for key, value in ours.items() if value is not None}}
 
     def _agrees(self, key: str, theirs: Any, ours: int | None) -> bool:

@@ -175,7 +175,6 @@ def _checkpoint(name: str) -> Checkpoint:
     from fox_edge.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(name)
-    checkpoint.tokenizer()
     for note in checkpoint.notes:
         say(f"note: {note}")
     return checkpoint

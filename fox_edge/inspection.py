@@ -13,8 +13,13 @@ from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
 
-# Bytes of one cached number: llama.cpp keeps float16, ONNX Runtime float32, torch the weights' bfloat16.
-_KV_BYTES = {"gguf": 2, "onnx": 4, "checkpoint": 2}
+# Bytes of one number in the KV cache: llama.cpp's and ours in PyTorch hold 16 bits, ONNX Runtime's 32.
+_KV_VALUE_BYTES = {"gguf": 2, "onnx": 4, "torch": 2, "checkpoint": 2}
+
+
+def kv_bytes(config: FoxConfig, format: str, positions: int) -> int:
+    """Bytes that a KV cache takes for so many positions, in the runtime that opens this format."""
+    return config.kv_bytes_per_token // 2 * _KV_VALUE_BYTES[format] * positions
 
 
 def inspect(target: str, context: int | None = None) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def inspect(target: str, context: int | None = None) -> dict[str, Any]:
         raise FoxEdgeError(
             f"{target}: a context of {context} was asked for, but the model has {config.max_positions}"
         )
-    kv = 2 * config.num_layers * config.kv_dim * context * _KV_BYTES[result["format"]]
+    kv = kv_bytes(config, result["format"], context)
     weights = sum(t["bytes"] for t in result["tensors"])
     result["memory"] = {
         "context": context,
@@ -70,7 +75,6 @@ def _checkpoint(target: str) -> dict[str, Any]:
     from fox_edge.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(target)
-    checkpoint.tokenizer()
     tensors = []
     for name, shape in checkpoint.shapes().items():
         dtype = checkpoint.dtype(name)

@@ -283,8 +283,8 @@ def _json_pieces(path: Path, vocab: dict[str, Any], merges: list[Any], byte_leve
         if type(id) is not int or not 0 <= id < len(out) + _MAX_ADDED:
             raise TokenizerError(f"{path}: piece '{text}' has id {id!r}, but there are {len(vocab)} pieces")
         out += [None] * (id + 1 - len(out))
-        if out[id] is not None:
-            raise TokenizerError(f"{path}: pieces '{out[id].text}' and '{text}' share id {id}")  # type: ignore[union-attr]
+        if (taken := out[id]) is not None:
+            raise TokenizerError(f"{path}: pieces '{taken.text}' and '{text}' share id {id}")
         out[id] = Piece(
             text, scores.get(text, unmerged if len(text) > 1 else 0.0), _json_kind(text, byte_level)
         )
