@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
     from fox_edge.quant import Limits, Recipe
 
-EXIT_OK, EXIT_BUG, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+# 1 is Python's own, for a bug that escapes with its traceback.
+EXIT_OK, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

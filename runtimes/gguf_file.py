@@ -38,7 +38,6 @@ _STEP_WEIGHTS = 1 << 20
 # GGUF value type -> struct code; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_NORMAL = 1
 
 _ROTATED = ("attn_q.weight", "attn_k.weight")
 _IDS = {
@@ -275,7 +274,6 @@ class GgufFile:
         self._data: mmap.mmap | None = open_mapped(self._path)
         self._header = parse_header(self._path, self._data)
         self._stored = {t.name: t.stored_as for t in artifact.manifest.tensors}
-        self._tied = artifact.manifest.tied
         self._vocabulary: Any = None
         strangers = sorted(set(self._header.tensors) - set(self._stored.values()))
         if strangers:
