@@ -158,15 +158,31 @@ class Recipe:
     def resolve(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Assignment]:
         """Tensor name -> what it gets, for every name in `shapes` (rows, columns).
 
-        Raises RecipeError for an unknown type or a rule that names no tensor.
+        Raises RecipeError for an unknown type, and for a rule that decides nothing: it names no tensor, or
+        only such as rules before it have taken.
         """
         for _, type_name in (*self.rules, ("", self.default)):
             self._type(type_name)
-        for pattern, _ in self.rules:
-            # A rule about the head is for untied models; it is no mistake in a recipe that serves both.
-            if pattern != HEAD and not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
-                raise RecipeError(f"recipe {self.name}: '{pattern}' names none of {len(shapes)} tensors")
+        self._check_rules(list(shapes))
         return {name: self._assign(name, shape) for name, shape in shapes.items()}
+
+    def _check_rules(self, names: list[str]) -> None:
+        """Every rule must decide about some tensor: name one that no rule before it has taken."""
+        taken: dict[str, str] = {}  # tensor -> the rule that decides about it
+        for pattern, _ in self.rules:
+            named = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            # A rule about the head is for untied models; it is no mistake in a recipe that serves both.
+            if not named and pattern != HEAD:
+                raise RecipeError(f"recipe {self.name}: '{pattern}' names none of {len(names)} tensors")
+            free = [name for name in named if name not in taken]
+            if named and not free:
+                earlier = "', '".join(dict.fromkeys(taken[name] for name in named))
+                raise RecipeError(
+                    f"recipe {self.name}: two rules for one tensor: the first match wins, so '{pattern}' "
+                    f"decides nothing after '{earlier}', which takes all it names "
+                    f"({named[0]}, {len(named)} in all)"
+                )
+            taken |= dict.fromkeys(free, pattern)
 
     def _type(self, name: str) -> QuantType:
         found = TYPES.get((self.format, name))
@@ -250,7 +266,8 @@ def read_recipe(path: Path, format: str) -> Recipe:
     """Read a recipe file:
 
         default = "q4_k"
-        [tensors]                      # first match wins; shell patterns over Hugging Face names
+        [tensors]                      # first match wins, so exceptions come first; shell patterns over
+                                       # Hugging Face names; a rule that decides nothing is refused
         "model.embed_tokens.weight" = "q6_k"
         [limits]                       # optional
         mean_kl_nats = 0.1

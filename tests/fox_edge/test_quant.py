@@ -126,6 +126,39 @@ def test_rule_that_names_nothing() -> None:
         recipe.resolve(FOX.tensor_shapes())
 
 
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        # The same tensor twice, by its name.
+        (((Q, "q8_0"), (Q, "q6_k")), rf"'{Q}' decides nothing after '{Q}'.* \(.*q_proj\.weight, 1 in all"),
+        # An exception behind the pattern that swallows it.
+        ((("*q_proj*", "q8_0"), ("*.layers.0.*q_proj*", "q6_k")), r"after '\*q_proj\*', which takes all"),
+        # The same type does not make a rule that decides nothing any less of a mistake.
+        ((("*", "q8_0"), (EMBEDDING, "q8_0")), r"after '\*'"),
+        # No single rule takes all of its tensors, but two together do.
+        ((("*q_proj*", "q8_0"), ("*k_proj*", "q6_k"), ("*[qk]_proj*", "q5_k")), r"after '\*q_proj\*', '\*k_"),
+    ],
+)
+def test_a_second_rule_for_the_same_tensors(rules: tuple[tuple[str, str], ...], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as error:
+        Recipe("r", GGUF, "q4_k", rules, Limits(1, 0)).resolve(FOX.tensor_shapes())
+    assert "two rules for one tensor" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rules_that_overlap_and_each_decide_something() -> None:
+    rules = ((EMBEDDING, "q6_k"), ("*.layers.0.*", "q8_0"), ("*q_proj*", "q5_k"), (HEAD, "q6_k"))
+    given = Recipe("r", GGUF, "q4_k", rules, Limits(1, 0)).resolve(FOX.tensor_shapes())
+    assert given[Q].type.name == "q8_0" and given[Q.replace("0", "1", 1)].type.name == "q5_k"
+
+
+def test_the_same_pattern_twice_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        'default = "q4_k"\n[tensors]\n"*q_proj*" = "q8_0"\n"*q_proj*" = "q6_k"\n'
+    )
+    with pytest.raises(RecipeError, match=r"r\.toml: not readable as TOML \(Cannot overwrite a value"):
+        read_recipe(tmp_path / "r.toml", GGUF)
+
+
 @pytest.mark.parametrize("format", [GGUF, ONNX])
 def test_unknown_names_list_the_known(format: str) -> None:
     with pytest.raises(RecipeError) as error:
