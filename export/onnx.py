@@ -29,6 +29,7 @@ from export.common import (
     versions,
     write_at,
 )
+from export.onnx_clients import write_client_files
 from export.onnx_graph import build_graph
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range, plan
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
@@ -76,6 +77,7 @@ def export_onnx(
         (writer.folder / MODEL_FILE).write_bytes(model.SerializeToString())
         _write_data(writer.folder / DATA_FILE, checkpoint, layout, threads or available_cores(), progress)
         copy_side_files(writer, checkpoint)
+        write_client_files(writer.folder, config, checkpoint.tokenizer(), layout, DATA_FILE)
         manifest = make_manifest(
             checkpoint,
             recipe,

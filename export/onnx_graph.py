@@ -6,12 +6,19 @@ too, and what a tracer adds around them changes with its version. Tests hold the
 logit by logit, so the two cannot drift apart. Knows operators and names; no weight's value and no file but
 the name of the data file.
 
-    inputs   input_ids (batch, sequence) int64
-             attention_mask (batch, past + sequence) int64, 1 for every token so far
-             past_key_values.N.key / .value (batch, kv_heads, past, head_dim) float32
+    inputs   input_ids (batch_size, sequence_length) int64
+             attention_mask (batch_size, past_sequence_length + sequence_length) int64, 1 for every token
+             past_key_values.N.key / .value (batch_size, kv_heads, past_sequence_length, head_dim) float32
              logits_to_keep int64 scalar, optional (default 1): logits of this many last positions; 0: of all
-    outputs  logits (batch, kept, vocab) float32
-             present.N.key / .value (batch, kv_heads, past + sequence, head_dim) float32
+    outputs  logits (batch_size, kept, vocab) float32
+             present.N.key / .value (batch_size, kv_heads, past_sequence_length + sequence_length, head_dim)
+                 float32
+
+The names of the symbolic dimensions are read too: transformers.js makes its empty cache from them, and
+Optimum its output buffers.
+
+With `last_only` there is no logits_to_keep, and the logits are declared as (batch_size, 1, vocab): the shape
+from which onnxruntime-genai learns that it will get one row.
 
 When a caller binds present.N to the buffer of past_key_values.N, that buffer is as long as the longest
 context, attention runs in place, and only attention_mask says how much of it is in use.
@@ -44,20 +51,26 @@ INT8_ACTIVATIONS = 4
 # half of an int4 model: cut into slices of this size, the most that is held twice is one slice.
 HEAD_SLICE_BYTES = 64 << 20
 INT64_MAX = 2**63 - 1
+# Symbolic dimensions, by the names that Optimum and transformers.js give them.
+BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST} + {SEQUENCE}"
 
 _ELEMENT = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
 
 
-def build_graph(config: FoxConfig, layout: Layout, data_file: str) -> onnx.ModelProto:
+def build_graph(
+    config: FoxConfig, layout: Layout, data_file: str, last_only: bool = False
+) -> onnx.ModelProto:
     """The whole model; its initializers name ranges of `data_file`, a plain file name beside the model."""
-    return _Graph(config, layout, data_file).build()
+    return _Graph(config, layout, data_file, last_only).build()
 
 
 class _Graph:
     """Collects nodes and initializers; every method that adds operators returns the name of their result."""
 
-    def __init__(self, config: FoxConfig, layout: Layout, data_file: str) -> None:
+    def __init__(self, config: FoxConfig, layout: Layout, data_file: str, last_only: bool) -> None:
         self.config, self.layout, self.data_file = config, layout, data_file
+        self.last_only = last_only
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -262,21 +275,21 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         """Inputs, outputs and versions around what was collected."""
-        cache = ("batch", self.config.num_kv_heads)
+        cache, width = (BATCH, self.config.num_kv_heads), self.config.head_dim
         floats, ints = TensorProto.FLOAT, TensorProto.INT64
         info = helper.make_tensor_value_info
         inputs = [
-            info("input_ids", ints, ("batch", "sequence")),
-            info("attention_mask", ints, ("batch", "total")),
+            info("input_ids", ints, (BATCH, SEQUENCE)),
+            info("attention_mask", ints, (BATCH, TOTAL)),
         ]
-        outputs = [info("logits", floats, ("batch", "kept", self.config.vocab_size))]
+        kept = 1 if self.last_only else "kept"
+        outputs = [info("logits", floats, (BATCH, kept, self.config.vocab_size))]
         for n in range(self.config.num_layers):
             for part in ("key", "value"):
-                inputs.append(
-                    info(f"past_key_values.{n}.{part}", floats, (*cache, "past", self.config.head_dim))
-                )
-                outputs.append(info(f"present.{n}.{part}", floats, (*cache, "present", self.config.head_dim)))
-        inputs.append(info("logits_to_keep", ints, ()))
+                inputs.append(info(f"past_key_values.{n}.{part}", floats, (*cache, PAST, width)))
+                outputs.append(info(f"present.{n}.{part}", floats, (*cache, TOTAL, width)))
+        if not self.last_only:
+            inputs.append(info("logits_to_keep", ints, ()))
         graph = helper.make_graph(self.nodes, "fox", inputs, outputs, list(self.initializers.values()))
         return helper.make_model(
             graph,
