@@ -160,9 +160,9 @@ def test_a_model_file_that_is_none(content: bytes, copy: Artifact) -> None:
         OnnxSession(copy)
 
 
-def test_a_graph_beyond_bounds(copy: Artifact) -> None:
-    os.truncate(copy.model_path, 1 << 30)
-    with pytest.raises(ArtifactError, match="1073741824 bytes, but a graph has at most"):
+def test_a_model_file_beyond_bounds(copy: Artifact) -> None:
+    os.truncate(copy.model_path, 3 << 30)
+    with pytest.raises(ArtifactError, match="3221225472 bytes, but a model file has at most 2147483648"):
         OnnxSession(copy)
 
 
