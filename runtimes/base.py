@@ -78,6 +78,10 @@ class ModelFile(Protocol):
         """Hugging Face names of the tensors in the file; a tied matrix appears once, as the embedding."""
         ...
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """The name of the type that a tensor has in the file, and its bytes there."""
+        ...
+
     def rows(self, name: str, start: int, stop: int) -> Logits:
         """Dequantized rows [start, stop) of a tensor, float32, in the checkpoint's own layout.
 

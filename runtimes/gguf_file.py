@@ -292,6 +292,11 @@ class GgufFile:
             raise ArtifactError(f"{self._path}: has no tensor for {name}")
         return info
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """The type that a tensor has in the file, and its bytes."""
+        info = self.info(name)
+        return info.type, info.bytes
+
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Dequantized rows [start, stop), float32, in the checkpoint's own row order; a vector is one row."""
         info = self.info(name)

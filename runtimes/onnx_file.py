@@ -2,6 +2,7 @@
 
 Reads the graph as data and decodes the weights in plain numpy, independently of the exporter's code, so that
 the two can disagree. Does not know the manifest: what a tensor is follows from the operator that reads it.
+Another tool may have rewritten the file: its tie is told even where its tensors can no longer be.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fox_edge.quant import EMBEDDING, HEAD
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import Logits
 from runtimes.onnx_external import ELEMENTS, External, onnx, read_graph
+from runtimes.onnx_tie import GraphIndex, find_tie
 
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
@@ -40,6 +42,17 @@ class _Stored:
         """Integers, scales, zero points, as far as there are any."""
         return [t for t in (self.weight, self.scales, self.zero_points) if t is not None]
 
+    def type_name(self) -> str:
+        """The name of its type in the quantization table; a float type has numpy's."""
+        if self.scales is None:
+            return np.dtype(ELEMENTS[self.weight.data_type]).name
+        columns = math.prod(self.weight.dims[1:]) * 8 // self.bits
+        return f"q{self.bits}{'s' if self.zero_points is None else 'a'}{columns // self.scales.dims[1]}"
+
+    def row_bytes(self) -> int:
+        """Bytes of one row, scales and zero points included."""
+        return sum(_row_bytes(tensor) for tensor in self.tensors())
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -56,27 +69,33 @@ class OnnxFile:
     def __init__(self, artifact: Artifact) -> None:
         self._path = artifact.model_path
         self._folder = artifact.path
-        self._graph = read_graph(self._path).graph
+        self._index = GraphIndex(read_graph(self._path).graph)
+        self._graph = self._index.graph
         self._config = FoxConfig.read(artifact.path / "config.json")
-        self._initializers = {t.name: t for t in self._graph.initializer}
         self._handles: dict[Path, int] = {}
         self._head: list[_Stored] = []
         self._embedding: _Stored | None = None
         self._pieces: dict[str, list[_Piece]] = {}
-        for node in self._graph.node:
-            self._read_node(node)
+        self._unreadable: ArtifactError | None = None
+        self._read_nodes()
         self._tokenizer = Tokenizer.from_folder(artifact.path)
 
     def tensor_names(self) -> list[str]:
         """Hugging Face names, as far as operators read them; a tied head is the embedding."""
+        if self._unreadable is not None:
+            raise self._unreadable
         return list(self._pieces)
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """The type that a tensor has in the file, and its bytes."""
+        pieces = self._pieces_of(name)
+        kinds = {piece.stored.type_name() for piece in pieces}
+        return " and ".join(sorted(kinds)), sum(piece.rows * piece.stored.row_bytes() for piece in pieces)
 
     def rows(self, name: str, start: int, stop: int) -> Logits:
         """Dequantized rows [start, stop) of a tensor, float32; a vector is one row."""
-        if name not in self._pieces:
-            raise ArtifactError(f"{self._path}: holds no tensor '{name}'")
         found, begin = [], 0
-        for piece in self._pieces[name]:
+        for piece in self._pieces_of(name):
             low, high = max(start, begin), min(stop, begin + piece.rows)
             if low < high:
                 shift = piece.first - begin
@@ -86,8 +105,11 @@ class OnnxFile:
 
     def tie(self) -> str:
         """What proves that embedding and head are one byte range; else raises VerificationError."""
+        tie = find_tie(self._index, self._folder)
+        if not tie.one_copy or tie.is_copied_at_load:
+            raise VerificationError(f"{self._path}: {tie.sentence()}")
         if self._embedding is None or not self._head:
-            raise VerificationError(f"{self._path}: the graph has no embedding or no head")
+            raise self._unreadable or VerificationError(f"{self._path}: embedding or head is unreadable")
         kinds = {(len(stored.tensors()), stored.bits) for stored in (self._embedding, *self._head)}
         if len(kinds) > 1:
             raise VerificationError(f"{self._path}: embedding and head are of different types")
@@ -116,18 +138,37 @@ class OnnxFile:
             os.close(handle)
         self._handles.clear()
 
-    def _read_node(self, node: onnx.NodeProto) -> None:
+    def _pieces_of(self, name: str) -> list[_Piece]:
+        if name not in self._pieces:
+            raise self._unreadable or ArtifactError(f"{self._path}: holds no tensor '{name}'")
+        return self._pieces[name]
+
+    def _read_nodes(self) -> None:
+        """Note the weights of every operator; the first one unreadable is told when tensors are asked for."""
+        embedding, heads = self._index.embedding(), self._index.heads()
+        lookup = embedding.node.output[0] if embedding else None
+        products = {head.node.output[0] for head in heads}
+        for node in self._graph.node:
+            try:
+                if node.output[0] == lookup:
+                    self._read_embedding(node)
+                else:
+                    self._read_node(node, node.output[0] in products)
+            except ArtifactError as error:
+                self._unreadable = self._unreadable or error
+
+    def _read_embedding(self, node: onnx.NodeProto) -> None:
+        bits = 0 if node.op_type == "Gather" else _attribute(node, "bits", 4)
+        names = [node.input[0], *node.input[2:]]  # input 1: the token ids
+        self._embedding = self._stored(names, bits)
+        self._pieces[EMBEDDING] = [_Piece(self._embedding, 0, self._embedding.rows)]
+
+    def _read_node(self, node: onnx.NodeProto, is_head: bool) -> None:
         """Note the weights that an operator reads, under the names of the checkpoint."""
-        attributes = {a.name: a.i for a in node.attribute}
-        bits = attributes.get("bits", 4)
-        if node.op_type in ("GatherBlockQuantized", "Gather"):
-            plain = node.op_type == "Gather"
-            names = [node.input[0], *node.input[2:]]  # input 1: the token ids
-            self._embedding = self._stored(names, 0 if plain else bits)
-            self._pieces[EMBEDDING] = [_Piece(self._embedding, 0, self._embedding.rows)]
-        elif node.op_type in ("MatMulNBits", "FusedMatMul"):
-            stored = self._stored(node.input[1:], bits if node.op_type == "MatMulNBits" else 0)
-            if node.name.split(".")[0] == "lm_head":
+        if node.op_type in ("MatMulNBits", "FusedMatMul"):
+            bits = _attribute(node, "bits", 4) if node.op_type == "MatMulNBits" else 0
+            stored = self._stored(node.input[1:], bits)
+            if is_head:
                 self._add_head(stored)
             else:
                 self._add_matrix(node.name, stored)
@@ -136,9 +177,17 @@ class OnnxFile:
             self._pieces[f"{node.name}.weight"] = [_Piece(_Stored(weight, None, None, 0, 1), 0, 1)]
 
     def _initializer(self, name: str) -> onnx.TensorProto:
-        if name not in self._initializers:
-            raise ArtifactError(f"{self._path}: no initializer '{name}' among {len(self._initializers)}")
-        return self._initializers[name]
+        if name in self._index.initializers:
+            return self._index.initializers[name]
+        maker = self._index.makers.get(name)
+        if maker is None:
+            raise ArtifactError(
+                f"{self._path}: no initializer '{name}' among {len(self._index.initializers)}"
+            )
+        raise ArtifactError(
+            f"{self._path}: '{name}' is no initializer but made by the operator {maker.op_type}: "
+            "another tool has rewritten this graph, and its tensors cannot be told any more"
+        )
 
     def _stored(self, names: Any, bits: int) -> _Stored:
         """The matrix made of these initializers: integers, scales, perhaps zero points."""
@@ -172,7 +221,7 @@ class OnnxFile:
         """Rows [start, stop) of an initializer, as stored; (1, n) for a vector. Copies only those."""
         kind = np.dtype(ELEMENTS[tensor.data_type])
         dims = list(tensor.dims) if len(tensor.dims) > 1 else [1, *tensor.dims]
-        row = math.prod(dims[1:]) * kind.itemsize
+        row = _row_bytes(tensor)
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor).reshape(dims)[start:stop]
         at = External.of(tensor, self._folder)
@@ -243,6 +292,16 @@ class OnnxFile:
             f"embedding and head read the same {tied.length} bytes of {tied.path.name}, from {tied.offset} "
             f"on; the file's {size} bytes hold them once"
         )
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _row_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of one row of a matrix, or of a whole vector."""
+    columns = tensor.dims[1:] if len(tensor.dims) > 1 else tensor.dims
+    return math.prod(columns) * np.dtype(ELEMENTS[tensor.data_type]).itemsize
 
 
 def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
