@@ -10,13 +10,18 @@ ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 endif
 
-.PHONY: demo test lint format clean
+.PHONY: demo test clients lint format clean
 
 demo: $(READY)
 	$(BIN)/fox-edge demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# What the page and the tests of JavaScript clients need; without it those tests are skipped.
+clients:
+	cd runtimes/browser && npm ci --ignore-scripts --no-audit --no-fund && npm run vendor
+	cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
 
 lint: $(READY)
 	$(BIN)/ruff check .

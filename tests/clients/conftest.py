@@ -18,10 +18,23 @@ from runtimes.generate import generate
 from tests.clients.helpers import Asked
 
 
-@pytest.fixture(scope="session", params=["int8", "int4"])
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """An export, a question, and the greedy answer of our own runtime."""
-    return ask_our_own(request.param, tmp_path_factory.mktemp("clients"))
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+    """An export of each preset, a question, and the greedy answer of our own runtime."""
+    folder = tmp_path_factory.mktemp("clients")
+    return {quant: ask_our_own(quant, folder) for quant in ("int8", "int4")}
+
+
+@pytest.fixture(params=["int8", "int4"])
+def asked(request: pytest.FixtureRequest, answers: dict[str, Asked]) -> Asked:
+    """One of them after the other."""
+    return answers[request.param]
+
+
+@pytest.fixture
+def exported(answers: dict[str, Asked]) -> Artifact:
+    """One of them, where it does not matter which."""
+    return Artifact.open(answers["int4"].folder)
 
 
 def ask_our_own(quant: str, folder: Path) -> Asked:

@@ -1,0 +1,35 @@
+"""`python -m runtimes.browser FOLDER`: an exported ONNX folder in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from fox_edge.artifact import Artifact
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import say
+from runtimes.browser.server import serve
+
+
+def main() -> int:
+    """Serve until interrupted; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m runtimes.browser", description=__doc__)
+    parser.add_argument("folder", type=Path, help="an ONNX export")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    args = parser.parse_args()
+    try:
+        server = serve(Artifact.open(args.folder), args.port)
+    except FoxEdgeError as error:
+        say(f"runtimes.browser: {error}")
+        return 2
+    with server:
+        say(f"open http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

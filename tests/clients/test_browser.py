@@ -1,0 +1,165 @@
+"""The page opens the exported folder in Chromium and gives the same greedy text, asking nobody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fox_edge.artifact import Artifact
+from fox_edge.errors import ArtifactError, FoxEdgeError
+from runtimes.browser import server
+from runtimes.browser.server import HERE as PAGE
+from runtimes.browser.server import PAGE_FILES, VENDORED, serve
+from tests.clients.helpers import HERE, Asked, need, need_chromium, need_node, run_node
+
+
+@contextmanager
+def serving(artifact: Artifact) -> Iterator[str]:
+    """The page and a folder on a free port, as long as the context lasts; gives host:port."""
+    running = serve(artifact)
+    thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"127.0.0.1:{running.server_port}"
+    finally:
+        running.shutdown()
+        running.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def vendored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A page whose packages are empty files: enough for what only the server does."""
+    page = tmp_path / "page"
+    (page / "vendor").mkdir(parents=True)
+    for name in PAGE_FILES:
+        shutil.copy(PAGE / name, page / name)
+    for name in VENDORED:
+        (page / "vendor" / name).touch()
+    monkeypatch.setattr(server, "HERE", page)
+
+
+Get = Callable[[str, str], tuple[int, dict[str, str], bytes]]
+
+
+@pytest.fixture
+def get(vendored: None, exported: Artifact) -> Iterator[Get]:
+    with serving(exported) as host:
+
+        def answer(path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+            connection = http.client.HTTPConnection(host, timeout=10)
+            connection.request(method, path)  # sends the path as it is, dots and all
+            response = connection.getresponse()
+            result = response.status, dict(response.getheaders()), response.read()
+            connection.close()
+            return result
+
+        yield answer
+
+
+def test_same_greedy_text(asked: Asked) -> None:
+    node, chromium = need_node(HERE), need_chromium()
+    need("node", (PAGE / "vendor" / VENDORED[0]).is_file(), "`make clients` was not run")
+    with serving(Artifact.open(asked.folder)) as host:
+        seen = run_node(node, "browser.mjs", chromium, f"http://{host}/")
+    assert seen["state"] == "ready", seen
+    assert seen["question"] == asked.question
+    first, again = seen["answers"]
+    assert (first["text"], first["ids"]) == (asked.text, asked.answer)
+    assert (again["text"], again["ids"]) == (asked.text, asked.answer)
+    # The second time all of the prompt but its last token is still in the cache.
+    assert first["figures"].startswith(f"{len(asked.prompt)} tokens read ·")
+    assert f"({len(asked.prompt) - 1} of them kept from before)" in again["figures"]
+    assert re.search(r"first token after \d.* · \d+ tokens written at [\d.]+ tokens/s", first["figures"])
+    size = sum((asked.folder / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
+    assert seen["facts"]["size"] == f"{size / 1e6:.1f} MB"
+    assert seen["facts"]["model"] == f"nano, ONNX {Artifact.open(asked.folder).manifest.quant}"
+    assert seen["isolated"] and "thread" in seen["facts"]["device"]
+    assert seen["complaints"] == []
+    assert {url.split("/")[2] for url in seen["requests"]} == {host}
+
+
+def test_the_page_says_what_went_wrong(exported: Artifact, tmp_path: Path) -> None:
+    """Weights cut short while the folder was being served: a sentence on the page, and no question taken."""
+    node, chromium = need_node(HERE), need_chromium()
+    folder = tmp_path / "cut"
+    shutil.copytree(exported.path, folder)
+    with serving(Artifact.open(folder)) as host:
+        with (folder / "model.onnx_data").open("r+b") as file:
+            file.truncate(1000)
+        seen = run_node(node, "browser.mjs", chromium, f"http://{host}/")
+    assert seen["state"] == "failed" and len(seen["failed"]) > 10, seen
+
+
+def test_server_hands_out_the_page_and_the_folder(get: Get, exported: Artifact) -> None:
+    status, headers, body = get("/", "GET")
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert body == (PAGE / "index.html").read_bytes()
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+    status, headers, body = get("/model/model.onnx_data?again", "GET")
+    assert status == 200 and body == (exported.path / "model.onnx_data").read_bytes()
+    status, headers, body = get("/model/manifest.json", "HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) == (exported.path / "manifest.json").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/server.py",
+        "/model/../../conftest.py",
+        "/model/%2e%2e/x",
+        "//etc/passwd",
+        "/model/",
+        "/vendor/..",
+        "/x",
+    ],
+)
+def test_server_hands_out_nothing_else(get: Get, path: str) -> None:
+    assert get(path, "GET")[0] == 404
+
+
+def test_server_takes_no_posts(get: Get) -> None:
+    assert get("/", "POST")[0] == 501
+
+
+@pytest.mark.usefixtures("vendored")
+def test_server_refuses_what_the_page_cannot_open(exported: Artifact) -> None:
+    gguf = dataclasses.replace(exported, manifest=dataclasses.replace(exported.manifest, format="gguf"))
+    with pytest.raises(ArtifactError, match="is gguf, but the page opens onnx"):
+        serve(gguf)
+    with serving(exported) as host, pytest.raises(FoxEdgeError, match="cannot be opened"):
+        serve(exported, int(host.split(":")[1]))
+
+
+def test_server_says_how_to_build_the_page(exported: Artifact, vendored: None) -> None:
+    (server.HERE / "vendor" / VENDORED[0]).unlink()
+    with pytest.raises(FoxEdgeError, match=r"vendor/jinja.mjs is missing: .*npm run vendor"):
+        serve(exported)
+
+
+def test_the_page_names_no_other_place() -> None:
+    """Nothing in the page's own files is fetched from elsewhere, and the page forbids it too."""
+    for name in PAGE_FILES:
+        assert not re.search(r"https?://", (PAGE / name).read_text()), name
+    policy = (PAGE / "index.html").read_text()
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+
+
+@pytest.mark.parametrize("folder", [PAGE, HERE], ids=["page", "tests"])
+def test_lock_files_pin_everything_and_name_no_registry(folder: Path) -> None:
+    lock = (folder / "package-lock.json").read_text()
+    assert '"resolved"' not in lock and lock.count('"integrity"') > 10
+    wanted = re.findall(
+        r'"[@\w/-]+": "([^"]+)"', (folder / "package.json").read_text().split("ependencies")[1]
+    )
+    assert wanted and all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted)
