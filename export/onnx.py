@@ -7,7 +7,7 @@ the operators (onnx_graph.py), nor the arithmetic of the types (blockwise.py), n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from export.common import (
     versions,
     write_at,
 )
-from export.onnx_clients import write_client_files
+from export.onnx_clients import COMPAT, OPTIMUM, write_client_files
 from export.onnx_graph import build_graph
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range, plan
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
@@ -56,9 +56,11 @@ def export_onnx(
     threads: int | None = None,
     progress: Progress | None = None,
     verify: Verify | None = None,
+    compat: Collection[str] = (),
 ) -> Artifact:
     """Write the artifact folder `target`; `verify` looks at it before it gets its name.
 
+    `compat` names clients of onnx_clients.COMPAT that get a graph which costs others something.
     `progress(done_bytes, total_bytes)` counts the checkpoint's bytes. Raises RecipeError, CheckpointError
     (a NaN weight), ArtifactError (the target), VerificationError; then nothing is left behind.
     """
@@ -73,11 +75,12 @@ def export_onnx(
     layout = plan(config, assignments)
     with ArtifactWriter(target, replace) as writer:
         writer.need(needed_bytes(checkpoint, assignments) + layout.table_bytes)
-        model = build_graph(config, layout, DATA_FILE)
+        padded = OPTIMUM in compat
+        model = build_graph(config, layout, DATA_FILE, padded=padded)
         (writer.folder / MODEL_FILE).write_bytes(model.SerializeToString())
         _write_data(writer.folder / DATA_FILE, checkpoint, layout, threads or available_cores(), progress)
         copy_side_files(writer, checkpoint)
-        write_client_files(writer.folder, config, checkpoint.tokenizer(), layout, DATA_FILE)
+        write_client_files(writer.folder, config, checkpoint.tokenizer(), layout, DATA_FILE, padded=padded)
         manifest = make_manifest(
             checkpoint,
             recipe,
@@ -85,6 +88,7 @@ def export_onnx(
             tensors=_records(checkpoint, layout, assignments),
             checkpoint_sha256=checkpoint.digest(),
             versions=versions("onnx", "torch", "numpy"),
+            notes=[f"made with --compat {client}: {COMPAT[client]}" for client in compat],
         )
         return finish(writer, checkpoint, manifest, verify)
 

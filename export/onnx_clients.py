@@ -17,16 +17,28 @@ from export.onnx_layout import Layout
 from fox_edge.config import FoxConfig, read_json_object
 from fox_edge.tokenizer import Tokenizer
 
+OPTIMUM = "optimum"
+# Clients that want a graph which costs the others something, and what it does for them.
+COMPAT = {
+    OPTIMUM: "attention leaves out what the attention mask leaves out, for batches padded on the left",
+}
+
 GENAI_CONFIG = "genai_config.json"
 GENAI_MODEL = "genai.onnx"
 TRANSFORMERS_JS = "transformers.js_config"
 
 
 def write_client_files(
-    folder: Path, config: FoxConfig, tokenizer: Tokenizer, layout: Layout, data_file: str
+    folder: Path,
+    config: FoxConfig,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    data_file: str,
+    *,
+    padded: bool = False,
 ) -> None:
     """Write the files of other clients into a folder that has config.json and the model already."""
-    graph = build_graph(config, layout, data_file, last_only=True)
+    graph = build_graph(config, layout, data_file, last_only=True, padded=padded)
     (folder / GENAI_MODEL).write_bytes(graph.SerializeToString())
     _write(folder / GENAI_CONFIG, genai_config(config, tokenizer))
     fields = read_json_object(folder / "config.json")

@@ -20,6 +20,10 @@ Optimum its output buffers.
 With `last_only` there is no logits_to_keep, and the logits are declared as (batch_size, 1, vocab): the shape
 from which onnxruntime-genai learns that it will get one row.
 
+Of attention_mask only the length and the sum are looked at, so all rows of a batch are of one length. With
+`padded` zeros in it are positions that nobody attends to, so that shorter rows can be filled up on the left;
+the shift that this gives their positions is nothing to a rotary embedding, which knows differences only.
+
 When a caller binds present.N to the buffer of past_key_values.N, that buffer is as long as the longest
 context, attention runs in place, and only attention_mask says how much of it is in use.
 """
@@ -51,6 +55,8 @@ INT8_ACTIVATIONS = 4
 # half of an int4 model: cut into slices of this size, the most that is held twice is one slice.
 HEAD_SLICE_BYTES = 64 << 20
 INT64_MAX = 2**63 - 1
+# Added to a score, leaves nothing of its weight in a softmax.
+NO_ATTENTION = -1e9
 # Symbolic dimensions, by the names that Optimum and transformers.js give them.
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
@@ -59,18 +65,20 @@ _ELEMENT = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
 
 
 def build_graph(
-    config: FoxConfig, layout: Layout, data_file: str, last_only: bool = False
+    config: FoxConfig, layout: Layout, data_file: str, *, last_only: bool = False, padded: bool = False
 ) -> onnx.ModelProto:
     """The whole model; its initializers name ranges of `data_file`, a plain file name beside the model."""
-    return _Graph(config, layout, data_file, last_only).build()
+    return _Graph(config, layout, data_file, last_only, padded).build()
 
 
 class _Graph:
     """Collects nodes and initializers; every method that adds operators returns the name of their result."""
 
-    def __init__(self, config: FoxConfig, layout: Layout, data_file: str, last_only: bool) -> None:
+    def __init__(
+        self, config: FoxConfig, layout: Layout, data_file: str, last_only: bool, padded: bool
+    ) -> None:
         self.config, self.layout, self.data_file = config, layout, data_file
-        self.last_only = last_only
+        self.last_only, self.padded = last_only, padded
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -78,6 +86,7 @@ class _Graph:
         """Add every operator in the order of a forward pass."""
         config = self.config
         used, total = self.lengths()
+        bias = self.padding_bias() if self.padded else None
         x = self.embed("input_ids")
         h = self.node(
             "SimplifiedLayerNormalization",
@@ -90,7 +99,7 @@ class _Graph:
         )
         for n in range(config.num_layers):
             layer = f"model.layers.{n}"
-            h = self.attention(f"{layer}.self_attn", n, h, used, total)
+            h = self.attention(f"{layer}.self_attn", n, h, used, total, bias)
             h, x = self.add_and_norm(x, h, f"{layer}.post_attention_layernorm")
             h = self.feed_forward(f"{layer}.mlp", h)
             last = n + 1 == config.num_layers
@@ -140,13 +149,33 @@ class _Graph:
     def lengths(self) -> tuple[str, str]:
         """For GroupQueryAttention: the last position in use (batch,) and the mask's length (), int32."""
         one = self.constant("one", np.array([1], np.int64))
-        axis = one
-        used = self.node("ReduceSum", ["attention_mask", axis], "lengths/used", "", keepdims=0)
+        total = self.node("Shape", ["attention_mask"], "lengths/shape", "", start=1, end=2)
+        if self.padded:  # padding takes its place in the cache
+            batch = self.node("Shape", ["attention_mask"], "padding/batch", "", start=0, end=1)
+            used = self.node("Expand", [total, batch], "padding/used", "")
+        else:
+            used = self.node("ReduceSum", ["attention_mask", one], "lengths/used", "", keepdims=0)
         used = self.node("Sub", [used, one], "lengths/last", "")
         used = self.node("Cast", [used], "lengths/seqlens_k", "", to=TensorProto.INT32)
-        total = self.node("Shape", ["attention_mask"], "lengths/shape", "", start=1, end=2)
         total = self.node("Squeeze", [total], "lengths/scalar", "")
         return used, self.node("Cast", [total], "lengths/total", "", to=TensorProto.INT32)
+
+    def padding_bias(self) -> str:
+        """What padding adds to attention's scores: (batch, 1, sequence, total), 0 or very negative.
+
+        Not minus infinity: a padded position attends to padding alone, and its softmax must stay a number.
+        """
+        ends = self.constant("padding/axes", np.array([1, 2], np.int64))
+        off = self.constant("padding/off", np.array(NO_ATTENTION, np.float32))
+        span = self.constant("padding/span", np.array(-NO_ATTENTION, np.float32))
+        mask = self.node("Cast", ["attention_mask"], "padding/mask", "", to=TensorProto.FLOAT)
+        row = self.node("Mul", [mask, span], "padding/scaled", "")
+        row = self.node("Add", [row, off], "padding/row", "")
+        row = self.node("Unsqueeze", [row, ends], "padding/row/4d", "")
+        size = self.node("Shape", ["input_ids"], "padding/sequence", "", start=1, end=2)
+        one = self.constant("one", np.array([1], np.int64))
+        shape = self.node("Concat", [one, one, size, one], "padding/shape", "", axis=0)
+        return self.node("Expand", [row, shape], "padding/bias", "")
 
     def embed(self, tokens: str) -> str:
         """(batch, sequence) -> (batch, sequence, C)."""
@@ -200,7 +229,7 @@ class _Graph:
             for name in names
         ]
 
-    def attention(self, layer: str, n: int, x: str, used: str, total: str) -> str:
+    def attention(self, layer: str, n: int, x: str, used: str, total: str, bias: str | None) -> str:
         """Rotary grouped-query attention over past and new positions, and the output projection."""
         qkv = self.stacked(x, layer, "qkv_proj")
         if qkv is None:
@@ -212,7 +241,7 @@ class _Graph:
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                [qkv, "", "", *past, used, total, *tables],
+                [qkv, "", "", *past, used, total, *tables, *(["", bias] if bias else [])],
                 [out, f"present.{n}.key", f"present.{n}.value"],
                 name=f"{layer}.attention",
                 domain=CONTRIB,

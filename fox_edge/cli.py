@@ -55,6 +55,9 @@ def _export(args: argparse.Namespace) -> None:
     from benchmarks.verify import Verifier
     from fox_edge.artifact import export_summary, export_text
 
+    if args.compat and args.format != "onnx":
+        raise FoxEdgeError(f"--compat {args.compat[0]} is for --format onnx, not {args.format}")
+    special = {"compat": args.compat} if args.compat else {}
     recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
     start, out = time.monotonic(), Path(args.out)
     with AnonymousPeak() as peak, Progress(f"exporting {args.format} {recipe.name}") as progress:
@@ -67,6 +70,7 @@ def _export(args: argparse.Namespace) -> None:
             threads=args.threads,
             progress=progress.update,
             verify=verifier,
+            **special,
         )
     seconds = time.monotonic() - start - verifier.seconds
     peaks = (verifier.peak_rss_before_bytes, verifier.peak_anonymous_before_bytes)
@@ -254,6 +258,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--replace", action="store_true", help="replace an artifact that exists under this name"
+    )
+    export.add_argument(
+        "--compat",
+        action="append",
+        choices=("optimum",),
+        default=[],
+        help="ONNX: also serve what this client does and others need not pay for (docs/onnx-clients.md)",
     )
     _verification(export)
     _threads(export)

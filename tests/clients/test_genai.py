@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from export.onnx import DATA_FILE, MODEL_FILE, export_onnx
-from export.onnx_clients import GENAI_CONFIG, GENAI_MODEL
+from export.onnx_clients import COMPAT, GENAI_CONFIG, GENAI_MODEL
+from fox_edge.artifact import Artifact
 from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import read_json_object
@@ -62,6 +63,16 @@ def test_a_conversation_goes_on_in_the_same_cache(asked: Asked) -> None:
     for token in asked.answer[:20]:
         generator.generate_next_token()
         assert int(generator.get_next_tokens()[0]) == token
+
+
+def test_an_export_for_padded_batches_opens_too(exported: Artifact, tmp_path: Path) -> None:
+    quant = find_recipe(ONNX, exported.manifest.quant)
+    other = export_onnx(Checkpoint.open("nano"), tmp_path / "out", quant, compat=list(COMPAT))
+    tokens = [
+        generate(genai.Model(str(path)), [2, 4, 474, 343], max_length=40)
+        for path in (exported.path, other.path)
+    ]
+    assert tokens[0] == tokens[1] and len(tokens[0]) > 10
 
 
 def test_special_ids_are_the_tokenizers(asked: Asked) -> None:
