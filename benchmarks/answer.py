@@ -100,7 +100,7 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
     subject = open_subject(job["subject"])
     tokenizer = subject.tokenizer()
     longest = max(len(encode(tokenizer, prompt)) for prompt in job["prompts"])
-    context = min(longest + job["max_tokens"], subject.config.max_positions)
+    context = min(longest + job["max_tokens"], subject.context)
     options = SessionOptions(context=context, threads=job["threads"])
     with contextlib.closing(subject.open_session(options)) as session:
         start = time.perf_counter()

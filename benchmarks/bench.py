@@ -85,7 +85,7 @@ def _job(
     """What the worker is told; the prompt is real text in the subject's own tokens."""
     from benchmarks.fidelity import reference_text
 
-    limit = subject.config.max_positions
+    limit = subject.context
     if prompt_tokens + 1 + decode_tokens > min(context, limit):
         raise FoxEdgeError(
             f"{subject.spec}: a prompt of {prompt_tokens} tokens and {decode_tokens + 1} more do not fit a "

@@ -120,7 +120,7 @@ def _reference_fidelity(checkpoint: Checkpoint, spec: str) -> dict[str, Any]:
 def _answer(spec: str) -> str:
     """What a model says to the question, on one line."""
     subject = open_subject(spec)
-    context = min(_CONTEXT, subject.config.max_positions)
+    context = min(_CONTEXT, subject.context)
     with contextlib.closing(subject.open_session(SessionOptions(context=context))) as session:
         chat = Chat(session, subject.tokenizer(), max_tokens=_ANSWER_TOKENS)
         return " ".join("".join(chat.ask(QUESTION)).split())

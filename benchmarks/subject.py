@@ -1,4 +1,4 @@
-"""What can be measured or questioned: an artifact in its runtime, or a checkpoint in PyTorch.
+"""What can be measured or questioned: an artifact, another tool's ONNX folder, or a checkpoint in PyTorch.
 
 Turns a user's word ('out/int4', 'torch:nano') into something with a name, a size and a session. Knows
 where weights are read at every token; not how anything is timed.
@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
 from fox_edge.inspection import kv_bytes
-from fox_edge.quant import EMBEDDING
-from runtimes.base import RUNTIMES, Session, SessionOptions, load, open_session, runtime_name
+from fox_edge.quant import EMBEDDING, ONNX
+from runtimes.base import FOREIGN_ONNX, RUNTIMES, Session, SessionOptions, is_foreign, load, runtime_name
 
 if TYPE_CHECKING:
-    from fox_edge.checkpoint import Checkpoint
     from fox_edge.tokenizer import Tokenizer
 
 TORCH_PREFIX = "torch:"
+_TORCH = "runtimes.torch:TorchSession"
 _BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to measure. `bytes`: on disk, all files; `weight_bytes`: what its weights take in memory."""
+    """One thing to measure. `bytes`: on disk, all files; `weight_bytes`: what its weights take in memory.
+
+    `unread_bytes` of the weights are not read at every token: all rows but one of an embedding that is no
+    head. `parameters` is None where no configuration tells.
+    """
 
     spec: str  # as the user named it
     runtime: str
@@ -35,15 +39,18 @@ class Subject:
     quant: str
     bytes: int
     weight_bytes: int
-    embedding_bytes: int
-    config: FoxConfig
-    folder: Path  # where config and tokenizer are
-    checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
+    unread_bytes: int
+    kv_bytes_per_position: int
+    context: int  # the most positions that it has
+    parameters: int | None
+    folder: Path  # where the tokenizer is
+    session_class: str  # "module:class", made from (source, SessionOptions)
+    source: Any = field(repr=False, compare=False)
 
     @property
-    def bits_per_weight(self) -> float:
+    def bits_per_weight(self) -> float | None:
         """Storage per parameter, over the whole model."""
-        return 8 * self.weight_bytes / self.config.num_parameters()
+        return None if self.parameters is None else 8 * self.weight_bytes / self.parameters
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it carries."""
@@ -56,24 +63,19 @@ class Subject:
 
         Every weight once. A tied matrix is read whole, as the head; an untied embedding only gives one row.
         """
-        c = self.config
-        unread = 0 if c.tied else self.embedding_bytes - self.embedding_bytes // c.vocab_size
-        return self.weight_bytes - unread + kv_bytes(c, self.format, positions)
+        return self.weight_bytes - self.unread_bytes + self.kv_bytes_per_position * positions
 
     def prepare(self) -> None:
         """Import its runtime, so that opening a session is not charged for that.
 
         Raises MissingPackageError naming the extra.
         """
-        load("runtimes.torch:TorchSession" if self.format == "torch" else RUNTIMES[self.format][1])
+        load(self.session_class)
 
     def open_session(self, options: SessionOptions) -> Session:
         """Open it in its runtime; a checkpoint opens in bfloat16 on the CPU."""
-        if self.checkpoint is None:
-            return open_session(Artifact.open(self.folder), options)
-        from runtimes.torch import TorchSession
-
-        return TorchSession(self.checkpoint, options)
+        session: Session = load(self.session_class)(self.source, options)
+        return session
 
 
 def open_subject(spec: str | Path) -> Subject:
@@ -89,8 +91,13 @@ def open_subject(spec: str | Path) -> Subject:
         raise FoxEdgeError(
             f"{spec}: no such artifact (a checkpoint's BF16 model is named {TORCH_PREFIX}CHECKPOINT)"
         )
+    return _foreign(spec, path) if is_foreign(path) else _artifact(spec, path)
+
+
+def _artifact(spec: str, path: Path) -> Subject:
     artifact = Artifact.open(path)
-    manifest = artifact.manifest
+    manifest, config = artifact.manifest, FoxConfig.read(path / "config.json")
+    embedding = sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING)
     return Subject(
         spec=spec,
         runtime=runtime_name(manifest.format),
@@ -98,9 +105,35 @@ def open_subject(spec: str | Path) -> Subject:
         quant=manifest.quant,
         bytes=artifact.total_bytes(),
         weight_bytes=manifest.weight_bytes,
-        embedding_bytes=sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING),
-        config=FoxConfig.read(path / "config.json"),
+        unread_bytes=_unread(config, embedding),
+        kv_bytes_per_position=kv_bytes(config, manifest.format, 1),
+        context=config.max_positions,
+        parameters=config.num_parameters(),
         folder=path,
+        session_class=RUNTIMES[manifest.format][1],
+        source=artifact,
+    )
+
+
+def _foreign(spec: str, path: Path) -> Subject:
+    from runtimes.onnx_foreign import ForeignOnnx
+
+    foreign = ForeignOnnx.open(path)
+    runtime, session_class = FOREIGN_ONNX
+    return Subject(
+        spec=spec,
+        runtime=runtime,
+        format=ONNX,
+        quant=foreign.quant,
+        bytes=foreign.total_bytes(),
+        weight_bytes=foreign.weight_bytes,
+        unread_bytes=foreign.unread_bytes,
+        kv_bytes_per_position=foreign.interface.kv_bytes_per_position,
+        context=foreign.context,
+        parameters=foreign.parameters,
+        folder=foreign.folder,
+        session_class=session_class,
+        source=foreign,
     )
 
 
@@ -118,8 +151,16 @@ def _checkpoint(spec: str) -> Subject:
         quant="bf16",
         bytes=stored + sum(path.stat().st_size for path in beside),
         weight_bytes=_BF16_BYTES * config.num_parameters(),
-        embedding_bytes=_BF16_BYTES * config.vocab_size * config.hidden_size,
-        config=config,
+        unread_bytes=_unread(config, _BF16_BYTES * config.vocab_size * config.hidden_size),
+        kv_bytes_per_position=kv_bytes(config, "torch", 1),
+        context=config.max_positions,
+        parameters=config.num_parameters(),
         folder=checkpoint.path,
-        checkpoint=checkpoint,
+        session_class=_TORCH,
+        source=checkpoint,
     )
+
+
+def _unread(config: FoxConfig, embedding_bytes: int) -> int:
+    """Bytes of an embedding that a token does not touch, unless it is the head too."""
+    return 0 if config.tied else embedding_bytes - embedding_bytes // config.vocab_size

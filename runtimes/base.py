@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fox_edge.artifact import Artifact
+from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 
 Logits = NDArray[np.float32]
@@ -69,6 +70,12 @@ class SessionOptions:
 
     context: int | None = None
     threads: int | None = None
+    # What the KV cache stores: 'float32' or 'int8'. ONNX only; another runtime refuses a choice.
+    kv: str | None = None
+    # ONNX only: 1 computes products in float32, 4 (what exports ask for) on activations rounded to int8.
+    accuracy_level: int | None = None
+    # Whether a runtime may keep files beside the artifact that make the next start faster.
+    cache: bool = True
 
 
 class ModelFile(Protocol):
@@ -143,6 +150,9 @@ RUNTIMES: dict[str, tuple[str, str]] = {
     "onnx": ("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
 }
 
+# The same for ONNX models of other tools; constructed with (onnx_foreign.ForeignOnnx, SessionOptions).
+FOREIGN_ONNX = ("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession")
+
 
 def runtime_name(format: str) -> str:
     """The runtime that opens an artifact of this format."""
@@ -163,6 +173,16 @@ def open_model_file(artifact: Artifact) -> ModelFile:
     runtime_name(artifact.manifest.format)
     file: ModelFile = load(MODEL_FILES[artifact.manifest.format])(artifact)
     return file
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a user's path is an .onnx file, or a folder of them without a manifest of ours.
+
+    Such a model is described by `runtimes.onnx_foreign.ForeignOnnx.open`.
+    """
+    if path.is_file():
+        return path.suffix == ".onnx"
+    return path.is_dir() and not (path / MANIFEST).exists() and any(path.glob("*.onnx"))
 
 
 def load(spec: str) -> Any:
