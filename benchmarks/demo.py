@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import bench
+from benchmarks.checks import LOGIT_TOKENS
 from benchmarks.evaluate import evaluate
 from benchmarks.fidelity import compare, reference_text
 from benchmarks.reference import ReferenceScorer
 from benchmarks.report import findings, make_report, report_text, write_report
 from benchmarks.subject import TORCH_PREFIX, open_subject
-from benchmarks.verify import LOGIT_TOKENS
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

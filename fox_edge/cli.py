@@ -78,14 +78,22 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from benchmarks.verify import limits_of, verify, verify_text
+    from benchmarks.verify import FOREIGN_LIMITS, limits_of, verify, verify_foreign, verify_text
     from fox_edge.artifact import Artifact
+    from runtimes.base import is_foreign
 
-    artifact = Artifact.open(Path(args.artifact))
-    limits = _limits(limits_of(artifact), args)
-    report = verify(
-        artifact, _checkpoint(args.checkpoint), limits, text=_text(args.text), threads=args.threads
-    )
+    path, text = Path(args.artifact), _text(args.text)
+    if is_foreign(path):
+        from runtimes.onnx_foreign import ForeignOnnx
+
+        foreign, limits = ForeignOnnx.open(path), _limits(FOREIGN_LIMITS, args)
+        report = verify_foreign(
+            foreign, _checkpoint(args.checkpoint), limits, text=text, threads=args.threads
+        )
+    else:
+        artifact = Artifact.open(path)
+        limits = _limits(limits_of(artifact), args)
+        report = verify(artifact, _checkpoint(args.checkpoint), limits, text=text, threads=args.threads)
     _print(args, report, verify_text)
     return EXIT_OK if report["passed"] else EXIT_MISTAKE
 

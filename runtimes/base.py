@@ -78,7 +78,23 @@ class SessionOptions:
     cache: bool = True
 
 
-class ModelFile(Protocol):
+class TokenFile(Protocol):
+    """What a model's files tell a runtime about tokens."""
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids as the runtime makes them, without <bos>; `special`: special tokens are recognized."""
+        ...
+
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids under 'bos', 'eos', 'pad', 'unk' that the file tells a runtime."""
+        ...
+
+    def chat_template(self) -> str | None:
+        """The chat template that the model carries."""
+        ...
+
+
+class ModelFile(TokenFile, Protocol):
     """What is in an artifact's model file, for verification: read without running the model."""
 
     def tensor_names(self) -> list[str]:
@@ -101,18 +117,6 @@ class ModelFile(Protocol):
 
         Raises VerificationError when the file holds two.
         """
-        ...
-
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        """Token ids as the runtime makes them, without <bos>; `special`: special tokens are recognized."""
-        ...
-
-    def special_ids(self) -> dict[str, int | None]:
-        """The ids under 'bos', 'eos', 'pad', 'unk' that the file tells a runtime."""
-        ...
-
-    def chat_template(self) -> str | None:
-        """The chat template that the artifact carries."""
         ...
 
     def close(self) -> None:

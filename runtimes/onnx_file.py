@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
-from fox_edge.config import FoxConfig, read_json_object
+from fox_edge.config import FoxConfig
 from fox_edge.errors import ArtifactError, VerificationError
 from fox_edge.quant import EMBEDDING, HEAD
-from fox_edge.tokenizer import Tokenizer
 from runtimes.base import Logits
 from runtimes.onnx_external import ELEMENTS, External, onnx, read_graph
 from runtimes.onnx_tie import GraphIndex, find_tie
+from runtimes.side_files import SideFiles
 
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
@@ -78,7 +78,7 @@ class OnnxFile:
         self._pieces: dict[str, list[_Piece]] = {}
         self._unreadable: ArtifactError | None = None
         self._read_nodes()
-        self._tokenizer = Tokenizer.from_folder(artifact.path)
+        self._side_files = SideFiles(artifact.path)
 
     def tensor_names(self) -> list[str]:
         """Hugging Face names, as far as operators read them; a tied head is the embedding."""
@@ -119,18 +119,15 @@ class OnnxFile:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids by the artifact's own tokenizer files, without <bos>."""
-        return self._tokenizer.encode(text, bos=False, special=special)
+        return self._side_files.tokenize(text, special)
 
     def special_ids(self) -> dict[str, int | None]:
         """What config.json tells a runtime; <unk> is the tokenizer's own business."""
-        fields = read_json_object(self._folder / "config.json")
-        ids = {role: fields.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
-        return {**ids, "unk": self._tokenizer.unk_id}
+        return self._side_files.special_ids()
 
     def chat_template(self) -> str | None:
         """The chat template beside the model."""
-        path = self._folder / "chat_template.jinja"
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return self._side_files.chat_template()
 
     def close(self) -> None:
         """Close the data files."""

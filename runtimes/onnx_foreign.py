@@ -19,8 +19,8 @@ from fox_edge.config import MAX_DIMENSION, MAX_LAYERS, FoxConfig, read_json_obje
 from fox_edge.errors import ArtifactError, CheckpointError, VerificationError
 from runtimes.onnx_external import External, onnx, read_graph
 from runtimes.onnx_tie import GraphIndex, Reader, Tie, find_tie
+from runtimes.side_files import CONFIG, GENAI_CONFIG
 
-CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
 _KEEP = ("logits_to_keep", "num_logits_to_keep")
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", *_KEEP}
 _FLOATS: dict[int, type[np.generic]] = {

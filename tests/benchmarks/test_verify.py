@@ -41,6 +41,7 @@ def test_a_good_export_passes_every_check(checkpoint: Checkpoint, tmp_path: Path
     assert [c["name"] for c in report["checks"]] == [
         "files",
         "source",
+        "manifest",
         "tokenizer",
         "special tokens",
         "chat template",
@@ -142,7 +143,9 @@ def test_a_type_that_does_not_exist(checkpoint: Checkpoint, tmp_path: Path) -> N
     tensors = json.loads((artifact.path / MANIFEST).read_text())["tensors"]
     tensors[0]["type"] = "q9_z"
     found = failed(verify(lying(artifact, {"tensors": tensors}), checkpoint, LOOSE))
-    assert found == {"tensors": "model.embed_tokens.weight: the manifest's type 'q9_z' is no gguf type"}
+    assert found == {
+        "tensors": "model.embed_tokens.weight: the manifest says q9_z, but the file has q8_0"
+    }
 
 
 def test_a_manifest_without_hashes_does_not_open(checkpoint: Checkpoint, tmp_path: Path) -> None:
