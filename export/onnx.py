@@ -29,7 +29,7 @@ from export.common import (
     versions,
     write_at,
 )
-from export.onnx_clients import COMPAT, OPTIMUM, write_client_files
+from export.onnx_clients import OPTIMUM, client_notes, write_client_files
 from export.onnx_graph import build_graph
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range, plan
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
@@ -88,7 +88,7 @@ def export_onnx(
             tensors=_records(checkpoint, layout, assignments),
             checkpoint_sha256=checkpoint.digest(),
             versions=versions("onnx", "torch", "numpy"),
-            notes=[f"made with --compat {client}: {COMPAT[client]}" for client in compat],
+            notes=client_notes(writer.folder, compat),
         )
         return finish(writer, checkpoint, manifest, verify)
 

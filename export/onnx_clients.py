@@ -9,6 +9,7 @@ weights, nor how the graph computes.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ COMPAT = {
 
 GENAI_CONFIG = "genai_config.json"
 GENAI_MODEL = "genai.onnx"
+GENAI_MAX_LENGTH = 2048
 TRANSFORMERS_JS = "transformers.js_config"
 
 
@@ -45,11 +47,22 @@ def write_client_files(
     _write(folder / "config.json", fields | {TRANSFORMERS_JS: transformers_js_config()})
 
 
+def client_notes(folder: Path, compat: Collection[str]) -> list[str]:
+    """What a reader of the manifest should know of these clients."""
+    notes = [f"made with --compat {client}: {COMPAT[client]}" for client in compat]
+    if not (folder / "tokenizer.json").is_file():
+        notes.append(
+            "the checkpoint has no tokenizer.json, without which onnxruntime-genai, transformers.js and the "
+            "browser page have no tokenizer"
+        )
+    return notes
+
+
 def genai_config(config: FoxConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """onnxruntime-genai's description of a model: shape, special ids, names in the graph, greedy search.
 
-    Keys and values get one buffer of `max_length` positions, updated in place; a caller who wants less memory
-    says a smaller one.
+    Keys and values get one buffer of `max_length` positions, filled with zeros at the start: a whole context
+    of Fox-1's would be a gigabyte. A caller who needs more positions sets a larger one.
     """
     stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     ends = ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) + stops
@@ -87,7 +100,7 @@ def genai_config(config: FoxConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "search": {
             "do_sample": False,
             "num_beams": 1,
-            "max_length": config.max_positions,
+            "max_length": min(config.max_positions, GENAI_MAX_LENGTH),
             "past_present_share_buffer": True,
         },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from export.onnx import DATA_FILE, MODEL_FILE, export_onnx
-from export.onnx_clients import COMPAT, GENAI_CONFIG, GENAI_MODEL
+from export.onnx_clients import COMPAT, GENAI_CONFIG, GENAI_MODEL, genai_config
 from fox_edge.artifact import Artifact
 from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.config import read_json_object
+from fox_edge.config import FoxConfig, read_json_object
 from fox_edge.quant import ONNX, find_recipe
 from fox_edge.tokenizer import Tokenizer
 from tests.clients.helpers import Asked
@@ -75,6 +76,15 @@ def test_an_export_for_padded_batches_opens_too(exported: Artifact, tmp_path: Pa
     assert tokens[0] == tokens[1] and len(tokens[0]) > 10
 
 
+def test_the_cache_is_no_longer_than_a_conversation_needs(exported: Artifact) -> None:
+    """nano's whole context; of Fox-1's 8,192 positions a quarter, unless the caller asks for more."""
+    told = read_json_object(exported.path / GENAI_CONFIG)
+    assert told["model"]["context_length"] == told["search"]["max_length"] == 1024
+    fox = dataclasses.replace(FoxConfig.read(exported.path / "config.json"), max_positions=8192)
+    told = genai_config(fox, Tokenizer.from_folder(exported.path))
+    assert (told["model"]["context_length"], told["search"]["max_length"]) == (8192, 2048)
+
+
 def test_special_ids_are_the_tokenizers(asked: Asked) -> None:
     tokenizer = Tokenizer.from_folder(asked.folder)
     told = read_json_object(asked.folder / GENAI_CONFIG)["model"]
@@ -127,6 +137,7 @@ def test_shapes_other_than_nanos(tied: bool, tmp_path: Path) -> None:
     """Another number of heads, a head of its own: the model opens and runs from token ids."""
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "in", tied=tied, gemma=tied))
     artifact = export_onnx(checkpoint, tmp_path / "out", find_recipe(ONNX, "float32"))
+    assert any("no tokenizer.json" in note for note in artifact.manifest.notes)
     model = genai.Model(str(artifact.path))
     prompt = [1, 20, 30, 40]
     tokens = generate(model, prompt, max_length=12)

@@ -136,7 +136,7 @@ def test_compat_names_the_clients_that_there_are(capsys: pytest.CaptureFixture[s
     for client in COMPAT:
         assert _parser().parse_args([*command, "--compat", client]).compat == [client]
     assert main(["export", "nano", "out", "--format", "gguf", "--compat", OPTIMUM]) == 2
-    assert "--compat optimum is for --format onnx, not gguf" in capsys.readouterr().err
+    assert "is for --format onnx, not gguf" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         main([*command, "--compat", "excel"])
     assert error.value.code == 2
