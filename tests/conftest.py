@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,33 @@ def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """An untied random checkpoint with a Llama-like tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny_untied"
     return Checkpoint.open(make_checkpoint(folder, tied=False, gemma=False))
+
+
+@pytest.fixture(scope="session")
+def nano() -> Checkpoint:
+    """The embedded model."""
+    return Checkpoint.open("nano")
+
+
+@pytest.fixture(scope="session")
+def optimum_folder(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Optimum's own exporter makes of the embedded model; not to be written to."""
+    from optimum.exporters.onnx import main_export
+
+    folder = tmp_path_factory.mktemp("optimum") / "float32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer's, which nobody here can heed
+        main_export(str(nano.path), folder, task="text-generation-with-past", do_validation=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def optimum_int8_folder(optimum_folder: Path) -> Path:
+    """That folder after Optimum's own dynamic quantization."""
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    folder = optimum_folder.with_name("int8")
+    settings = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+    ORTQuantizer.from_pretrained(optimum_folder, file_name="model.onnx").quantize(settings, folder)
+    return folder
