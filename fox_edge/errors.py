@@ -41,3 +41,7 @@ class MissingPackageError(FoxEdgeError):
             f"{package} is not installed; add it with: pip install 'fox-edge[{extra}]' "
             f"(in a clone: pip install -e '.[{extra}]')"
         )
+
+
+class NotEnoughMemoryError(FoxEdgeError):
+    """A session that would not fit in the memory that is left."""

@@ -53,6 +53,8 @@ _BITS = {number: 8 * np.dtype(kind).itemsize for number, kind in ELEMENTS.items(
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 # Names of data files: whatever tools write, but no path, no drive, no control character.
 _PLAIN_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+")
+# How a tensor may say where its data are.
+_KEYS = {"location", "offset", "length", "checksum"}
 # A stretch of the file, from its first byte to the one behind its last.
 _Span = tuple[int, int]
 
@@ -181,6 +183,12 @@ class External:
     @classmethod
     def of(cls, tensor: onnx.TensorProto, folder: Path) -> External:
         """Where a tensor's data are; raises ArtifactError unless the range is its size and in the folder."""
+        keys = [entry.key for entry in tensor.external_data]
+        # onnxruntime would also map what other keys name (packed copies of a matrix): unchecked bytes.
+        if len(set(keys)) != len(keys) or not set(keys) <= _KEYS:
+            raise ArtifactError(
+                f"{folder}: tensor '{tensor.name}' says where its data are with {', '.join(sorted(keys))}"
+            )
         fields = {entry.key: entry.value for entry in tensor.external_data}
         name = fields.get("location", "")
         path = folder / name

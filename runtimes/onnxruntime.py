@@ -10,57 +10,60 @@ graph how much of them is in use, so forgetting is a smaller number.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
-from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
+from fox_edge.config import FoxConfig
+from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
-from runtimes.onnx_external import read_graph
-
-try:
-    import onnxruntime as ort
-except ImportError:
-    raise MissingPackageError("onnxruntime", "onnx") from None
+from runtimes.memory import MemoryNeed, fitting_context
+from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
+from runtimes.onnx_external import External, onnx, read_graph
+from runtimes.onnx_kv import LayerPairs, kv_scales
+from runtimes.onnx_prepacked import lay_out, open_packed
+from runtimes.onnx_rewrite import quantize_kv, set_accuracy_level
 
 # Tokens of a prompt that run at once: bounds the activations, long enough for the fast matrix kernels.
 PREFILL_CHUNK = 256
-_QUIET = 3  # onnxruntime's log level for errors only
+# What the KV cache may store, and the bytes of one number of it.
+KV_BYTES = {"float32": 4, "int8": 1}
+# Matrices (chunk, widest) of float32 that live at once in a layer, those that the allocator holds back too.
+_ACTIVATIONS = 6
 
 
 class OnnxSession:
     """One conversation with an ONNX artifact; see `runtimes.base.Session`.
 
     Raises ArtifactError for a damaged model, ContextOverflowError when more positions are asked for than
-    the model has.
+    the model has, NotEnoughMemoryError, before anything is loaded, when they do not fit in memory.
     """
 
     def __init__(self, artifact: Artifact, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
         limit = artifact.manifest.context
-        self.context = limit if options.context is None else options.context
-        if not 0 < self.context <= limit:
+        if options.context is not None and not 0 < options.context <= limit:
             raise ContextOverflowError(
-                f"a context of {self.context} positions was asked for; this model has 1 to {limit}"
+                f"a context of {options.context} positions was asked for; this model has 1 to {limit}"
             )
-        graph = read_graph(artifact.model_path).graph
+        kv = options.kv or "float32"
+        if kv not in KV_BYTES:
+            raise FoxEdgeError(f"a KV cache of '{kv}' is none of {', '.join(KV_BYTES)}")
+        graph = read_graph(artifact.model_path)
+        need = memory_need(artifact, graph, KV_BYTES[kv])
+        self.context = fitting_context(need, options.context, limit, str(artifact.path))
         self.length = 0
-        self._session: Any = _open(artifact.model_path, options.threads or physical_cores())
+        self._session: Any = _open(artifact, graph, kv, options)
         self._binding = self._session.io_binding()
-        dims = {value.name: value.type.tensor_type.shape.dim for value in graph.output}
-        self.vocab_size: int = dims["logits"][2].dim_value
-        self._bind_cache(
-            [
-                (name, (1, dim[1].dim_value, self.context, dim[3].dim_value))
-                for name, dim in dims.items()
-                if name.startswith("present.")
-            ]
-        )
+        shape = {out.name: out.shape for out in self._session.get_outputs()}["logits"]
+        self.vocab_size: int = shape[2]
+        self._bind_cache()
         self._tokens = np.zeros(max(PREFILL_CHUNK, SCORE_CHUNK), np.int64)
         self._mask = np.ones(self.context, np.int64)
         self._keep = np.ones((), np.int64)
@@ -103,16 +106,24 @@ class OnnxSession:
     def close(self) -> None:
         """Free the model and the KV buffers."""
         self._binding = self._session = None
-        self._cache: list[Any] = []
+        self._cache: dict[str, Any] = {}
 
-    def _bind_cache(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+    def kv_extremes(self) -> LayerPairs:
+        """Largest magnitudes in the cache so far, of each layer's keys and values: (kv_heads, head_dim)."""
+        largest = {
+            name: np.abs(held.numpy()[0, :, : self.length]).max(axis=1) for name, held in self._cache.items()
+        }
+        layers = range(len(largest) // 2)
+        return [(largest[f"present.{n}.key"], largest[f"present.{n}.value"]) for n in layers]
+
+    def _bind_cache(self) -> None:
         """One buffer per layer and part, past and present in one."""
-        self._cache = []
-        for name, shape in shapes:
-            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            self._binding.bind_ortvalue_input("past_key_values" + name.removeprefix("present"), buffer)
+        self._cache = {}
+        for name, (heads, width, kind) in cache_shapes(self._session).items():
+            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, self.context, width), kind))
+            self._binding.bind_ortvalue_input(past_name(name), buffer)
             self._binding.bind_ortvalue_output(name, buffer)
-            self._cache.append(buffer)
+            self._cache[name] = buffer
 
     def _bind(self, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
         """Let an input read the beginning of a preallocated array."""
@@ -137,16 +148,45 @@ class OnnxSession:
         self.length += count
 
 
-def _open(path: Path, threads: int) -> Any:
-    """An onnxruntime session with the settings that decode fast and keep memory low."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _QUIET
-    # Patterns of memory use are remembered per input shape, and every step of a conversation has its own.
-    options.enable_mem_pattern = False
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # onnxruntime raises its own kinds and plain RuntimeErrors alike; all of them speak of this file.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(f"{path}: onnxruntime cannot open it ({reason})") from error
+def memory_need(artifact: Artifact, graph: onnx.ModelProto, kv_value_bytes: int) -> MemoryNeed:
+    """What a session of this graph takes: packed matrices, the other weights, activations, KV cache."""
+    config = FoxConfig.read(artifact.path / "config.json")
+    # A tied matrix has several names for the same bytes: files are counted, not tensors.
+    files = {
+        External.of(tensor, artifact.path).path
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    stored = sum(path.stat().st_size for path in files)
+    widest = max(config.hidden_size, 2 * config.intermediate_size)
+    return MemoryNeed(
+        weights=stored + sum(slot.size - slot.raw for slot in lay_out(graph)),
+        buffers=4 * (_ACTIVATIONS * PREFILL_CHUNK * widest + SCORE_CHUNK * config.vocab_size),
+        per_position=config.kv_bytes_per_token // 2 * kv_value_bytes,
+    )
+
+
+def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionOptions) -> Any:
+    """The onnxruntime session of an artifact's graph, rewritten as the options say."""
+    threads = options.threads or physical_cores()
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    if options.accuracy_level is not None:
+        set_accuracy_level(model, options.accuracy_level)
+    if kv == "int8":
+        quantize_kv(
+            model, kv_scales(artifact, lambda tokens: _extremes(artifact, options, tokens), options.cache)
+        )
+    # Packed matrices depend on the level; they are kept for the one that the artifact asks for.
+    if options.cache and options.accuracy_level is None:
+        return open_packed(artifact, graph, model, threads)
+    return open_engine(model, artifact.path, threads, artifact.model_path)
+
+
+def _extremes(artifact: Artifact, options: SessionOptions, tokens: list[int]) -> LayerPairs:
+    """Run tokens on the ordinary cache and see how large keys and values become."""
+    tokens = tokens[: artifact.manifest.context]
+    ordinary = replace(options, kv=None, context=len(tokens))
+    with contextlib.closing(OnnxSession(artifact, ordinary)) as session:
+        session.prefill(tokens)
+        return session.kv_extremes()

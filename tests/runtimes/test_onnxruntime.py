@@ -202,6 +202,16 @@ def test_data_that_a_graph_may_not_name(key: str, value: str, sentence: str, cop
         OnnxSession(copy)
 
 
+@pytest.mark.parametrize("key", ["prepacked_0", "location"])
+def test_data_that_a_graph_names_twice_or_otherwise(key: str, copy: Artifact) -> None:
+    model = onnx.load(copy.model_path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    tensor.external_data.add(key=key, value="MatMulNBits+1|99999999999;8;0")
+    onnx.save(model, copy.model_path)
+    with pytest.raises(ArtifactError, match=f"says where its data are with .*{key}"):
+        OnnxSession(copy)
+
+
 def test_dimensions_that_lie(copy: Artifact) -> None:
     model = onnx.load(copy.model_path, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
