@@ -52,8 +52,9 @@ CONTRIB = "com.microsoft"
 # MatMulNBits: 4 lets it quantize its input to int8 row by row, which more than doubles its speed.
 INT8_ACTIVATIONS = 4
 # A session packs each constant matrix anew when it loads, and holds old and new pages meanwhile. The head is
-# half of an int4 model: cut into slices of this size, the most that is held twice is one slice.
-HEAD_SLICE_BYTES = 64 << 20
+# half of an int4 model: cut into slices of this size, the most that is held twice is one slice. What glibc
+# allocates in one piece above 32 MB, it maps anew every time, so a packed slice stays below.
+HEAD_SLICE_BYTES = 24 << 20
 INT64_MAX = 2**63 - 1
 # Added to a score, leaves nothing of its weight in a softmax.
 NO_ATTENTION = -1e9
