@@ -143,9 +143,7 @@ def test_a_type_that_does_not_exist(checkpoint: Checkpoint, tmp_path: Path) -> N
     tensors = json.loads((artifact.path / MANIFEST).read_text())["tensors"]
     tensors[0]["type"] = "q9_z"
     found = failed(verify(lying(artifact, {"tensors": tensors}), checkpoint, LOOSE))
-    assert found == {
-        "tensors": "model.embed_tokens.weight: the manifest says q9_z, but the file has q8_0"
-    }
+    assert found == {"tensors": "model.embed_tokens.weight: the manifest says q9_z, but the file has q8_0"}
 
 
 def test_a_manifest_without_hashes_does_not_open(checkpoint: Checkpoint, tmp_path: Path) -> None:
