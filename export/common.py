@@ -72,8 +72,12 @@ def make_manifest(
     checkpoint_sha256: str,
     versions: Mapping[str, str],
     notes: Iterable[str] = (),
+    rounding: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of an export, before its files are hashed; the checkpoint's notes come before `notes`."""
+    """The manifest of an export, before its files are hashed; the checkpoint's notes come before `notes`.
+
+    `rounding` says how the weights were really rounded, and by which text.
+    """
     config = checkpoint.config
     return Manifest(
         format=recipe.format,
@@ -86,7 +90,7 @@ def make_manifest(
         checkpoint_sha256=checkpoint_sha256,
         tensors=tuple(tensors),
         # As JSON has it, so that a manifest equals what is read back.
-        recipe=json.loads(json.dumps(asdict(recipe))),
+        recipe=json.loads(json.dumps({**asdict(recipe), **(rounding or {})})),
         versions=dict(versions),
         notes=(*checkpoint.notes, *notes),
     )

@@ -189,7 +189,7 @@ class _Graph:
         inputs = [self.stored(matrix.weight, shape=(rows, blocks * blob)), tokens, self.stored(matrix.scales)]
         if matrix.zero_points is not None:
             inputs.append(self.stored(matrix.zero_points))
-        return self.node(
+        x = self.node(
             "GatherBlockQuantized",
             inputs,
             "model.embed_tokens",
@@ -198,6 +198,12 @@ class _Graph:
             gather_axis=0,
             quantize_axis=1,
         )
+        return self.scale_columns(x, EMBEDDING, "model.embed_tokens.columns")
+
+    def scale_columns(self, x: str, matrix: str, name: str) -> str:
+        """x (..., C) times the column scales of a matrix that has any."""
+        scales = self.layout.column_scales.get(matrix)
+        return x if scales is None else self.node("Mul", [x, self.stored(scales)], name, "")
 
     def linear(self, x: str, matrix: Matrix, name: str, weight: str = "", out: str = "") -> str:
         """x (..., columns) times the transposed matrix -> (..., rows)."""
@@ -297,6 +303,7 @@ class _Graph:
     def head(self, h: str) -> str:
         """(batch, kept, C) -> logits (batch, kept, V)."""
         matrix = self.layout.matrices[EMBEDDING if self.config.tied else HEAD]
+        h = self.scale_columns(h, matrix.name, "lm_head.columns")
         parts = matrix.slices(HEAD_SLICE_BYTES)
         if len(parts) == 1:
             return self.linear(h, matrix, "lm_head", weight=HEAD, out="logits")

@@ -104,12 +104,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of the data file by name: matrices, vectors (norms) and tables (rotary)."""
+    """Every tensor of the data file by name: matrices, vectors (norms) and tables (rotary).
+
+    `column_scales` has, for an embedding or head whose columns were divided by factors before rounding, the
+    place of these factors (C,): what a lookup gives, and what the head reads, is multiplied by them.
+    """
 
     matrices: dict[str, Matrix]
     vectors: dict[str, Range]
     tables: dict[str, Range]
     nbytes: int
+    column_scales: dict[str, Range]
 
     @property
     def table_bytes(self) -> int:
@@ -139,7 +144,12 @@ def plan(config: FoxConfig, assignments: dict[str, Assignment]) -> Layout:
             )
     table = (config.max_positions, config.head_dim // 2)
     tables = {name: place.put(name, "float32", table) for name in (COS, SIN)}
-    return Layout(matrices, vectors, tables, place.end)
+    scales = {
+        name: place.put(f"{name}.column_scales", "float32", (shapes[name][1],))
+        for name in (EMBEDDING, HEAD)
+        if name in matrices and matrices[name].scales is not None
+    }
+    return Layout(matrices, vectors, tables, place.end, scales)
 
 
 def _stacks(config: FoxConfig, assignments: dict[str, Assignment]) -> list[tuple[str, tuple[str, ...]]]:

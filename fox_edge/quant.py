@@ -18,6 +18,9 @@ from fox_edge.errors import RecipeError
 GGUF, ONNX = "gguf", "onnx"
 FORMATS = (GGUF, ONNX)
 MAX_RECIPE_BYTES = 1 << 20
+# Ways of rounding, from quick to good; the exporters say what each does.
+NEAREST, SEARCH, COMPENSATED = "nearest", "search", "compensated"
+ROUNDINGS = (NEAREST, SEARCH, COMPENSATED)
 
 # The input embedding, which is the output head too when the model is tied; and the head when it is not.
 EMBEDDING = "model.embed_tokens.weight"
@@ -45,6 +48,11 @@ class QuantType:
     def bits_per_weight(self) -> float:
         """Storage per weight, scales and zero points included."""
         return self.block_bits / self.block_size
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it rounds so coarsely that choosing well between two neighbours pays."""
+        return 0 < self.bits <= 4
 
     def holds(self, columns: int) -> bool:
         """Whether a row of this many weights is a whole number of blocks."""
@@ -154,6 +162,7 @@ class Recipe:
     default: str
     rules: tuple[tuple[str, str], ...]
     limits: Limits
+    rounding: str | None = None  # one of ROUNDINGS; None: what its types are worth
 
     def resolve(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Assignment]:
         """Tensor name -> what it gets, for every name in `shapes` (rows, columns).
@@ -183,6 +192,15 @@ class Recipe:
                     f"({named[0]}, {len(named)} in all)"
                 )
             taken |= dict.fromkeys(free, pattern)
+
+    def rounding_of(self, assignments: dict[str, Assignment], asked: str | None = None) -> str:
+        """How an export by this recipe rounds: as asked, as the recipe says, else by compensation.
+
+        Only types of at most 4 bits gain from more than rounding to nearest; without any, that is the answer.
+        """
+        if not any(given.type.is_narrow for given in assignments.values()):
+            return NEAREST
+        return asked or self.rounding or COMPENSATED
 
     def _type(self, name: str) -> QuantType:
         found = TYPES.get((self.format, name))
@@ -227,12 +245,13 @@ class Recipe:
 INT8_LIMITS = Limits(mean_kl_nats=0.005, greedy_tokens=32)
 INT4_LIMITS = Limits(mean_kl_nats=0.1, greedy_tokens=0)
 
-# The tied matrix costs quality twice (as embedding and as head), so int4 keeps it wider than the body.
+# The tied matrix costs quality twice (as embedding and as head), so GGUF's int4 keeps it wider than the body.
+# ONNX's has column scales and compensated rounding instead.
 PRESETS: dict[tuple[str, str], Recipe] = {
     (GGUF, "int8"): Recipe("int8", GGUF, "q8_0", (), INT8_LIMITS),
     (GGUF, "int4"): Recipe("int4", GGUF, "q4_k", ((EMBEDDING, "q6_k"), (HEAD, "q6_k")), INT4_LIMITS),
     (ONNX, "int8"): Recipe("int8", ONNX, "q8s128", (), INT8_LIMITS),
-    (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", ((EMBEDDING, "q8s128"), (HEAD, "q8s128")), INT4_LIMITS),
+    (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", (), INT4_LIMITS),
 }
 
 
@@ -266,6 +285,7 @@ def read_recipe(path: Path, format: str) -> Recipe:
     """Read a recipe file:
 
         default = "q4_k"
+        rounding = "nearest"           # optional, ONNX only: nearest, search or compensated
         [tensors]                      # first match wins, so exceptions come first; shell patterns over
                                        # Hugging Face names; a rule that decides nothing is refused
         "model.embed_tokens.weight" = "q6_k"
@@ -285,17 +305,23 @@ def read_recipe(path: Path, format: str) -> Recipe:
         raise RecipeError(f"{path}: no such recipe file") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not readable as TOML ({error})") from None
-    unknown = sorted(set(fields) - {"default", "tensors", "limits"})
+    unknown = sorted(set(fields) - {"default", "rounding", "tensors", "limits"})
     if unknown:
-        raise RecipeError(f"{path}: unknown key '{unknown[0]}'; known: default, tensors, limits")
+        raise RecipeError(f"{path}: unknown key '{unknown[0]}'; known: default, rounding, tensors, limits")
     default, tensors = fields.get("default"), fields.get("tensors", {})
+    rounding = fields.get("rounding")
+    if rounding not in (None, *(ROUNDINGS if format == ONNX else (NEAREST,))):
+        raise RecipeError(
+            f"{path}: rounding is {rounding!r}, but must be {' or '.join(ROUNDINGS)}"
+            + ("" if format == ONNX else f" for ONNX, and is always {NEAREST} for {format}")
+        )
     if not isinstance(default, str):
         raise RecipeError(f"{path}: 'default' must name a quantization type")
     if not isinstance(tensors, dict) or not all(isinstance(t, str) for t in tensors.values()):
         raise RecipeError(f"{path}: [tensors] must map patterns to type names")
     recipe = Recipe(path.stem, format, default, tuple(tensors.items()), INT4_LIMITS)
     limits = _read_limits(path, fields.get("limits", {}), _default_limits(recipe._type(default)))
-    return Recipe(recipe.name, format, default, recipe.rules, limits)
+    return Recipe(recipe.name, format, default, recipe.rules, limits, rounding)
 
 
 def _read_limits(path: Path, fields: Any, default: Limits) -> Limits:

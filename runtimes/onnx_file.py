@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class _Stored:
     zero_points: onnx.TensorProto | None
     bits: int
     rows: int
+    columns: onnx.TensorProto | None = None  # factors (C,) by which the graph multiplies what columns give
 
     def tensors(self) -> list[onnx.TensorProto]:
         """Integers, scales, zero points, as far as there are any."""
@@ -90,7 +91,9 @@ class OnnxFile:
         """The type that a tensor has in the file, and its bytes."""
         pieces = self._pieces_of(name)
         kinds = {piece.stored.type_name() for piece in pieces}
-        return " and ".join(sorted(kinds)), sum(piece.rows * piece.stored.row_bytes() for piece in pieces)
+        factors = {t.name: _row_bytes(t) for piece in pieces if (t := piece.stored.columns) is not None}
+        size = sum(piece.rows * piece.stored.row_bytes() for piece in pieces) + sum(factors.values())
+        return " and ".join(sorted(kinds)), size
 
     def rows(self, name: str, start: int, stop: int) -> Logits:
         """Dequantized rows [start, stop) of a tensor, float32; a vector is one row."""
@@ -113,6 +116,8 @@ class OnnxFile:
         kinds = {(len(stored.tensors()), stored.bits) for stored in (self._embedding, *self._head)}
         if len(kinds) > 1:
             raise VerificationError(f"{self._path}: embedding and head are of different types")
+        if len({stored.columns and stored.columns.name for stored in (self._embedding, *self._head)}) > 1:
+            raise VerificationError(f"{self._path}: embedding and head have different column scales")
         for place, tensor in enumerate(self._embedding.tensors()):
             self._same_bytes(tensor, [stored.tensors()[place] for stored in self._head])
         return self._once()
@@ -157,7 +162,8 @@ class OnnxFile:
     def _read_embedding(self, node: onnx.NodeProto) -> None:
         bits = 0 if node.op_type == "Gather" else _attribute(node, "bits", 4)
         names = [node.input[0], *node.input[2:]]  # input 1: the token ids
-        self._embedding = self._stored(names, bits)
+        scale = next((n for n in self._graph.node if n.op_type == "Mul" and node.output[0] in n.input), None)
+        self._embedding = replace(self._stored(names, bits), columns=self._column_scales(scale))
         self._pieces[EMBEDDING] = [_Piece(self._embedding, 0, self._embedding.rows)]
 
     def _read_node(self, node: onnx.NodeProto, is_head: bool) -> None:
@@ -166,7 +172,8 @@ class OnnxFile:
             bits = _attribute(node, "bits", 4) if node.op_type == "MatMulNBits" else 0
             stored = self._stored(node.input[1:], bits)
             if is_head:
-                self._add_head(stored)
+                scale = self._index.makers.get(node.input[0])
+                self._add_head(replace(stored, columns=self._column_scales(scale)))
             else:
                 self._add_matrix(node.name, stored)
         elif node.op_type in _NORMS:
@@ -190,6 +197,15 @@ class OnnxFile:
         """The matrix made of these initializers: integers, scales, perhaps zero points."""
         weight, scales, zeros = [self._initializer(n) for n in names] + [None] * (3 - len(names))
         return _Stored(weight, scales, zeros, bits, weight.dims[0])
+
+    def _column_scales(self, node: onnx.NodeProto | None) -> onnx.TensorProto | None:
+        """The vector that an operator multiplies by; None for another operator, or none at all."""
+        if node is None or node.op_type != "Mul":
+            return None
+        constants = [
+            self._index.initializers[name] for name in node.input if name in self._index.initializers
+        ]
+        return constants[0] if len(constants) == 1 and len(constants[0].dims) == 1 else None
 
     def _add_head(self, stored: _Stored) -> None:
         """A slice of the head; tied, its rows are the embedding's and `tie` proves it."""
@@ -238,8 +254,8 @@ class OnnxFile:
         zeros = np.full((rows, blocks), 1 << (stored.bits - 1), np.float32)
         if stored.zero_points is not None:
             zeros[:] = _unpack(self._read(stored.zero_points, start, stop), stored.bits)[:, :blocks]
-        values = (integers.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
-        return values.reshape(rows, -1)
+        values = ((integers.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]).reshape(rows, -1)
+        return values if stored.columns is None else values * self._read(stored.columns, 0, 1)
 
     def _same_bytes(self, one: onnx.TensorProto, parts: list[onnx.TensorProto]) -> None:
         """The parts follow each other through exactly the byte range of the one."""

@@ -71,27 +71,42 @@ def test_error_is_within_the_types_bound(type_: QuantType) -> None:
     assert 0 < error / rows.square().mean().sqrt() < type_.max_error
 
 
+def weighted_errors(rows: torch.Tensor, blocks: Blocks, type_: QuantType, cost: torch.Tensor) -> torch.Tensor:
+    """(R, B)"""
+    errors = (dequantize(blocks, type_) - rows).square() * cost
+    return errors.view(rows.shape[0], -1, type_.block_size).sum(-1)
+
+
 @by_name
-def test_a_shrunken_range_is_taken_only_when_better(
-    type_: QuantType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_searched_grid_is_better_where_it_counts(type_: QuantType) -> None:
     rows = rows_of(type_, rows=64)
-    searched = (dequantize(quantize(rows, type_), type_) - rows).square()
-    monkeypatch.setattr("export.blockwise.SHRINKS", {type_.bits: (1.0,)})
-    plain = (dequantize(quantize(rows, type_), type_) - rows).square()
-    K = type_.block_size
-    assert (searched.view(64, -1, K).sum(-1) <= plain.view(64, -1, K).sum(-1) * 1.0001).all()
-    if type_.bits < 8 and K >= 64:
-        assert searched.sum() < 0.99 * plain.sum()
+    cost = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(1)) ** 4 + 1e-3
+    plain = weighted_errors(rows, quantize(rows, type_), type_, cost)
+    searched = weighted_errors(rows, quantize(rows, type_, cost), type_, cost)
+    even = weighted_errors(rows, quantize(rows, type_, torch.ones_like(cost)), type_, cost)
+    assert searched.sum() < plain.sum()
+    if type_.bits < 8:
+        # A column that costs more is served better than when all cost the same.
+        assert searched.sum() < 0.95 * plain.sum() and searched.sum() < 0.99 * even.sum()
+
+
+def test_the_best_scale_by_hand() -> None:
+    # The span's step is -1, so that -2.6 becomes -3. Only that column counts: the scale moves until it fits.
+    row = torch.tensor([[8.0, 2.3, -2.6] + [0.0] * 13])
+    cost = torch.tensor([0.0, 0.0, 1.0] + [0.0] * 13)
+    restored = dequantize(quantize(row, type_of("q4s16"), cost), type_of("q4s16"))
+    assert restored[0, 2] == pytest.approx(-2.6, rel=1e-6)
+    assert dequantize(quantize(row, type_of("q4s16")), type_of("q4s16"))[0, 2] == -3
 
 
 @by_name
 @pytest.mark.parametrize("value", [0.0, 1e-40, -3e38, 3e38])
 def test_extreme_blocks_stay_finite(type_: QuantType, value: float) -> None:
     rows = torch.full((2, type_.block_size), value)
-    restored = dequantize(quantize(rows, type_), type_)
-    assert torch.isfinite(restored).all()
-    assert torch.allclose(restored, rows, rtol=0.5, atol=1e-30)
+    for cost in (None, torch.ones(type_.block_size)):
+        restored = dequantize(quantize(rows, type_, cost), type_)
+        assert torch.isfinite(restored).all()
+        assert torch.allclose(restored, rows, rtol=0.5, atol=1e-30)
 
 
 def test_a_row_of_broken_blocks_is_refused() -> None:

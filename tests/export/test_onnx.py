@@ -12,8 +12,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-import export.onnx
-from export.onnx import DATA_FILE, TASK_WEIGHTS, export_onnx
+import export.onnx_weights
+from export.onnx import DATA_FILE, export_onnx
+from export.onnx_weights import TASK_WEIGHTS
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
@@ -178,7 +179,7 @@ def test_blocks_that_do_not_fit_a_row_get_smaller_and_the_manifest_says_so(
     found = {t.name: (t.type, t.reason) for t in artifact.manifest.tensors}
     name = "model.layers.0.mlp.down_proj.weight"
     assert found[name] == ("q4a32", "96 columns are no whole number of q4a128 blocks of 128")
-    assert found[EMBEDDING][0] == "q8s64"
+    assert found[EMBEDDING][0] == "q4a64"
     assert found["model.norm.weight"] == ("float32", None)
 
 
@@ -207,14 +208,15 @@ def test_weights_are_streamed(tiny_256: Checkpoint, tmp_path: Path, monkeypatch:
     asked: list[int] = []
     released: list[str] = []
     rows_of: Callable[..., torch.Tensor] = Checkpoint.float_rows
-    monkeypatch.setattr(export.onnx, "TASK_WEIGHTS", 4096)
+    monkeypatch.setattr(export.onnx_weights, "TASK_WEIGHTS", 4096)
+    monkeypatch.setattr(export.onnx_weights, "_SCALE_WEIGHTS", 4096)
     monkeypatch.setattr(
         Checkpoint,
         "float_rows",
         lambda self, *a: asked.append((rows := rows_of(self, *a)).numel()) or rows,
     )
     monkeypatch.setattr(Checkpoint, "release", lambda self, name: released.append(name))
-    export_onnx(tiny_256, tmp_path / "out", find_recipe(ONNX, "int4"))
+    export_onnx(tiny_256, tmp_path / "out", find_recipe(ONNX, "int4"), rounding="nearest")
     assert max(asked) == 4096 < TASK_WEIGHTS
     assert set(released) >= {n for n, s in tiny_256.shapes().items() if len(s) == 2}
 
@@ -224,7 +226,7 @@ def test_threads_and_tasks_do_not_change_a_bit(
 ) -> None:
     before = torch.get_num_threads()
     one = export_onnx(tiny_256, tmp_path / "one", find_recipe(ONNX, "int4"), threads=1)
-    monkeypatch.setattr(export.onnx, "TASK_WEIGHTS", 3000)
+    monkeypatch.setattr(export.onnx_weights, "TASK_WEIGHTS", 3000)
     three = export_onnx(tiny_256, tmp_path / "three", find_recipe(ONNX, "int4"), threads=3)
     assert one.manifest.files[DATA_FILE] == three.manifest.files[DATA_FILE]
     assert torch.get_num_threads() == before

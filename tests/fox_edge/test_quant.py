@@ -68,13 +68,26 @@ def test_presets_fit_fox(format: str, name: str) -> None:
     assert {a.type.name for n, a in given.items() if "norm" in n} == {vector}
 
 
-def test_int4_keeps_the_tied_matrix_wider() -> None:
+def test_ggufs_int4_keeps_the_tied_matrix_wider() -> None:
     given = PRESETS[GGUF, "int4"].resolve(FOX.tensor_shapes())
     assert given[EMBEDDING].type.name == "q6_k" and given[Q].type.name == "q4_k"
     untied = dataclasses.replace(FOX, tied=False)
     assert PRESETS[GGUF, "int4"].resolve(untied.tensor_shapes())[HEAD].type.name == "q6_k"
     onnx = PRESETS[ONNX, "int4"].resolve(FOX.tensor_shapes())
-    assert onnx[EMBEDDING].type.bits == 8 and onnx[Q].type.name == "q4a128"
+    assert onnx[EMBEDDING].type.name == onnx[Q].type.name == "q4a128"
+
+
+def test_only_narrow_types_are_worth_more_than_the_nearest() -> None:
+    shapes = FOX.tensor_shapes()
+    for quant, want in (("int4", "compensated"), ("q2s32", "compensated"), ("int8", "nearest")):
+        recipe = find_recipe(ONNX, quant)
+        assert recipe.rounding_of(recipe.resolve(shapes)) == want
+        assert recipe.rounding_of(recipe.resolve(shapes), "search") == (
+            "nearest" if quant == "int8" else "search"
+        )
+    mixed = dataclasses.replace(find_recipe(ONNX, "int8"), rules=((Q, "q4a32"),), rounding="search")
+    assert mixed.rounding_of(mixed.resolve(shapes)) == "search"
+    assert mixed.rounding_of(mixed.resolve(shapes), "nearest") == "nearest"
 
 
 @pytest.mark.parametrize(
