@@ -93,7 +93,7 @@ def _cut_at_end(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:
 
 
 def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The worker's task 'answer': {subject, threads, prompts, max_tokens, stop_texts} -> answers, seconds.
+    """The worker's task 'answer': {subject, threads, session, prompts, max_tokens, stop_texts} -> answers.
 
     The context is as long as the longest prompt and its answer need, at most the model's.
     """
@@ -101,7 +101,7 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
     tokenizer = subject.tokenizer()
     longest = max(len(encode(tokenizer, prompt)) for prompt in job["prompts"])
     context = min(longest + job["max_tokens"], subject.context)
-    options = SessionOptions(context=context, threads=job["threads"])
+    options = SessionOptions(context=context, threads=job["threads"], **job.get("session", {}))
     with contextlib.closing(subject.open_session(options)) as session:
         start = time.perf_counter()
         answers = answer_all(

@@ -28,11 +28,13 @@ def evaluate(
     data: Path | None = None,
     train: Path | None = None,
     threads: int | None = None,
+    session: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Let artifacts (or 'torch:CHECKPOINT') answer, grade them, and return the report.
 
     Pairs are made with the first PyTorch model, else with the first artifact. A subject that gives no answers
-    gets a row with 'error'. Raises FoxEdgeError for a task, file or subject that is not there.
+    gets a row with 'error'. `session` are more fields of SessionOptions. Raises FoxEdgeError for a task, file
+    or subject that is not there.
     """
     subjects = [open_subject(spec) for spec in artifacts]
     asked = make_task(task, TaskOptions(limit, shots, data, train))
@@ -45,7 +47,7 @@ def evaluate(
                 _row(
                     subject,
                     asked,
-                    threads,
+                    {"threads": threads, "session": session or {}},
                     lambda done, _, before=before: progress.update(before + done, total),
                 )
             )
@@ -59,7 +61,7 @@ def evaluate(
     }
 
 
-def _row(subject: Subject, task: Task, threads: int | None, progress: Any) -> dict[str, Any]:
+def _row(subject: Subject, task: Task, settings: dict[str, Any], progress: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "artifact": subject.spec,
         "runtime": subject.runtime,
@@ -69,7 +71,7 @@ def _row(subject: Subject, task: Task, threads: int | None, progress: Any) -> di
     job = {
         "task": "answer",
         "subject": subject.spec,
-        "threads": threads,
+        **settings,
         "prompts": task.prompts,
         "max_tokens": task.max_tokens,
         "stop_texts": task.stop_texts,

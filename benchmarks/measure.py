@@ -62,12 +62,13 @@ def measure(session: Session, prompt: Sequence[int], decode_tokens: int) -> dict
 
 
 def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The worker's task 'measure': {subject, threads, context, prompt, decode_tokens} -> figures."""
+    """The worker's task 'measure': {subject, threads, context, session, prompt, decode_tokens} -> figures."""
     subject = open_subject(job["subject"])
     subject.prepare()
     before = memory()
     start = time.perf_counter()
-    session = subject.open_session(SessionOptions(context=job["context"], threads=job["threads"]))
+    options = SessionOptions(context=job["context"], threads=job["threads"], **job.get("session", {}))
+    session = subject.open_session(options)
     load_s = time.perf_counter() - start
     figures = measure(session, job["prompt"], job["decode_tokens"])
     after = memory()

@@ -90,7 +90,8 @@ def verify(
                     "tensors", lambda: check_tensors(file, artifact, checkpoint, threads or available_cores())
                 ),
             ]
-        with contextlib.closing(open_session(artifact, SessionOptions(threads=threads))) as session:
+        options = SessionOptions(threads=threads, cache=False)
+        with contextlib.closing(open_session(artifact, options)) as session:
             checks += check_logits(session, checkpoint, text, limits, figures)
     except FoxEdgeError as error:
         checks.append(Check("opens", False, str(error)))

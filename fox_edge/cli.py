@@ -112,7 +112,7 @@ def _chat(args: argparse.Namespace) -> None:
 
     chat_in_terminal(
         Artifact.open(Path(args.artifact)),
-        SessionOptions(context=args.context, threads=args.threads),
+        SessionOptions(context=args.context, threads=args.threads, **_session(args)),
         Sampling(temperature=args.temperature, top_p=args.top_p, min_p=args.min_p, seed=args.seed),
         system=args.system,
         max_tokens=args.max_tokens,
@@ -130,6 +130,7 @@ def _bench(args: argparse.Namespace) -> None:
         repeats=args.repeats,
         threads=args.threads,
         context=args.context,
+        session=_session(args),
     )
     _print(args, result, bench_text)
 
@@ -145,6 +146,7 @@ def _eval(args: argparse.Namespace) -> None:
         data=Path(args.data) if args.data else None,
         train=Path(args.train) if args.train else None,
         threads=args.threads,
+        session=_session(args),
     )
     _print(args, result, evaluate_text)
 
@@ -214,6 +216,11 @@ def _exporter(format: str) -> Callable[..., Artifact]:
     from export.onnx import export_onnx
 
     return export_onnx
+
+
+def _session(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SessionOptions that `_session_options` asks for."""
+    return {"kv": args.kv, "accuracy_level": args.accuracy_level, "cache": not args.no_cache}
 
 
 def _text(path: str | None) -> str | None:
@@ -301,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0)
     chat.add_argument("--max-tokens", type=_positive, default=512)
     _context(chat)
+    _session_options(chat)
     _threads(chat)
 
     bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
@@ -311,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--decode-tokens", type=_positive, default=64)
     bench.add_argument("--repeats", type=_positive, default=3)
     _context(bench)
+    _session_options(bench)
     _threads(bench)
 
     evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
@@ -322,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--shots", type=int, default=5, help="worked examples before each GSM8K question")
     evaluate.add_argument("--data", help="GSM8K test.jsonl; without it, the hub is asked")
     evaluate.add_argument("--train", help="GSM8K train.jsonl, for the worked examples")
+    _session_options(evaluate)
     _threads(evaluate)
 
     verb("doctor", _doctor, "tell which runtimes work here, and how to add the others")
@@ -348,6 +358,23 @@ def _verification(parser: argparse.ArgumentParser) -> None:
 
 def _threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="default: the processors this process may use")
+
+
+def _session_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv",
+        choices=("float32", "int8"),
+        help="ONNX: what the KV cache stores (default: float32; int8 takes a quarter of the memory)",
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=(1, 4),
+        help="ONNX: 1 computes in float32, 4 (default) on activations rounded to int8",
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="ONNX: keep nothing beside the artifact for the next start"
+    )
 
 
 def _context(parser: argparse.ArgumentParser) -> None:

@@ -124,6 +124,14 @@ class ModelFile(TokenFile, Protocol):
         ...
 
 
+def refuse_onnx_choices(options: SessionOptions, runtime: str) -> None:
+    """For a runtime that has no such choices: raises FoxEdgeError when one was made all the same."""
+    for name in ("kv", "accuracy_level"):
+        if (value := getattr(options, name)) is not None:
+            flag = name.replace("_", "-")
+            raise FoxEdgeError(f"--{flag} {value} is for fox-edge's ONNX artifacts, not for {runtime}")
+
+
 def check_tokens(session: Session, tokens: Sequence[int]) -> None:
     """What every session refuses before it touches its cache.
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fox_edge.artifact import Artifact
+from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
 from runtimes.gguf_file import read_config
 
 try:
@@ -134,6 +134,7 @@ class LlamaCppSession:
         self._model: int | None = None
         self._context: int | None = None
         options = options or SessionOptions()
+        refuse_onnx_choices(options, "llama.cpp")
         most = artifact.manifest.context
         self.context = min(most, DEFAULT_CONTEXT) if options.context is None else options.context
         if not 1 <= self.context <= most:
@@ -141,6 +142,11 @@ class LlamaCppSession:
         self._model = _load_model(artifact.model_path, vocab_only=False)
         try:
             self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+            trained = int(lib.llama_model_n_ctx_train(self._model))
+            if most > trained:
+                raise ArtifactError(
+                    f"{artifact.path / MANIFEST}: promises a context of {most}, but the model has {trained}"
+                )
             self._context = self._open_context(artifact.model_path, options)
         except BaseException:
             self.close()

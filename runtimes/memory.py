@@ -7,19 +7,20 @@ runtime states its own `MemoryNeed`.
 from __future__ import annotations
 
 import contextlib
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fox_edge.errors import NotEnoughMemoryError
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
-# (limit, use, statistics) of a container: version 2 of control groups, then version 1.
-_GROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
+# The control groups of this process, and where the groups are.
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+# Files of limit, use and statistics, and how the statistics name pages of files that may be dropped: of
+# version 2, then of version 1.
+_VERSION_2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class MemoryNeed:
 def available_bytes() -> int | None:
     """Memory that this process can take without anything else going: what the system has left, or what its
     container may still have, whichever is less. None where the system does not tell."""
-    found = [size for size in (_system(), _container()) if size is not None]
-    return min(found, default=None)
+    return min([*_system(), *_containers()], default=None)
 
 
 def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) -> int:
@@ -62,24 +62,40 @@ def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) 
     )
 
 
-def _system() -> int | None:
+def _system() -> Iterator[int]:
     with contextlib.suppress(OSError):
-        found = re.search(
-            r"^MemAvailable:\s+([0-9]+) kB$", _MEMINFO.read_text(encoding="ascii"), re.MULTILINE
-        )
-        if found:
-            return 1024 * int(found[1])
-    return None
+        yield from _numbers(_MEMINFO, "MemAvailable:", 1024)
 
 
-def _container() -> int | None:
-    """What is left of a container's limit; pages of files that it may drop count as left."""
-    for names in _GROUP_FILES:
+def _containers() -> Iterator[int]:
+    """What is left of the limit of every control group around this process, where there is one."""
+    with contextlib.suppress(OSError):
+        for line in _MEMBERSHIP.read_text(encoding="ascii").splitlines():
+            number, _, rest = line.partition(":")
+            kind, _, path = rest.partition(":")
+            if number == "0":
+                yield from _left(_GROUPS, path, *_VERSION_2)
+            elif kind == "memory":
+                yield from _left(_GROUPS / "memory", path, *_VERSION_1)
+
+
+def _left(root: Path, path: str, most: str, used: str, statistics: str, droppable: str) -> Iterator[int]:
+    """Of a group and of those that it is in: the limit, less what is used and cannot be dropped."""
+    folder = root / path.strip("/")
+    for group in (folder, *folder.parents):
         with contextlib.suppress(OSError, ValueError):
-            limit, used, statistics = ((_CGROUP / name).read_text(encoding="ascii") for name in names)
-            droppable = re.search(r"^(?:total_)?inactive_file ([0-9]+)$", statistics, re.MULTILINE)
-            return max(0, int(limit) - int(used) + (int(droppable[1]) if droppable else 0))
-    return None
+            limit, use = (int((group / name).read_text(encoding="ascii")) for name in (most, used))
+            yield max(0, limit - use + sum(_numbers(group / statistics, droppable, 1)))
+        if group == root:
+            break
+
+
+def _numbers(path: Path, name: str, unit: int) -> Iterator[int]:
+    """The number on the line of a file that begins with `name`."""
+    for line in path.read_text(encoding="ascii").splitlines():
+        words = line.split()
+        if words[:1] == [name]:
+            yield unit * int(words[1])
 
 
 def _mb(size: int) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
 from runtimes.onnx_foreign import ForeignOnnx
 
 try:
@@ -39,6 +39,7 @@ class ForeignSession:
 
     def __init__(self, foreign: ForeignOnnx, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
+        refuse_onnx_choices(options, "another tool's graph")
         self.context = foreign.context if options.context is None else options.context
         if not 0 < self.context <= foreign.context:
             raise ContextOverflowError(

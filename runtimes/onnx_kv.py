@@ -21,7 +21,7 @@ from runtimes.onnx_cache import cache_folder, key_of, read_record, write_record
 # Tokens that are run: half of them plain text, half a chat.
 CALIBRATION_TOKENS = 512
 # Room above the largest value seen; a key or value beyond it is cut off.
-HEADROOM = 1.2
+HEADROOM = 1.5
 _SCHEMA = 1
 _SEED = 3
 _LARGEST = 127

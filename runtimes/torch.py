@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fox_edge.errors import FoxEdgeError
 from fox_edge.model import Fox, KVCache
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
 
 if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
@@ -40,6 +40,7 @@ class TorchSession:
         device: str = "cpu",
     ) -> None:
         options = options or SessionOptions()
+        refuse_onnx_choices(options, "PyTorch")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         config = source.config

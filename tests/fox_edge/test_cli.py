@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fox_edge import cli
+from runtimes.base import SessionOptions
 from tests.helpers import TINY_256, make_checkpoint
 
 EXPORT_KEYS = {
@@ -195,3 +196,11 @@ def test_sigkill_in_mid_export_leaves_no_artifact(checkpoint: Path, tmp_path: Pa
     left = list(tmp_path.iterdir())
     assert [p.name.endswith(".partial") for p in left] == [True]
     assert not (left[0] / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("verb", [["chat", "x"], ["bench", "x"], ["eval", "x"]])
+def test_session_choices_reach_the_session(verb: list[str]) -> None:
+    args = cli._parser().parse_args([*verb, "--kv", "int8", "--accuracy-level", "1", "--no-cache"])
+    options = SessionOptions(**cli._session(args))
+    assert (options.kv, options.accuracy_level, options.cache) == ("int8", 1, False)
+    assert SessionOptions(**cli._session(cli._parser().parse_args(verb))) == SessionOptions()
