@@ -85,6 +85,11 @@ class Manifest:
         for key, kind in _FIELDS.items():
             if not isinstance(values.get(key), kind):
                 raise ArtifactError(f"{where}: field '{key}' is missing or not of the expected kind")
+        for key in ("parameters", "context"):
+            if isinstance(values[key], bool) or values[key] < 1:
+                raise ArtifactError(f"{where}: field '{key}' is {values[key]}, but must be at least 1")
+        if not isinstance(values.get("verification"), dict | None):
+            raise ArtifactError(f"{where}: field 'verification' is not of the expected kind")
         unknown = sorted(set(values) - set(_FIELDS) - {"verification"})
         if unknown:
             raise ArtifactError(f"{where}: unknown field '{unknown[0]}'")
@@ -92,7 +97,7 @@ class Manifest:
             values["tensors"] = tuple(
                 TensorRecord(**{**t, "shape": tuple(int(n) for n in t["shape"])}) for t in values["tensors"]
             )
-            if not all(isinstance(t.name, str) and isinstance(t.type, str) for t in values["tensors"]):
+            if not all(_is_plain(t) for t in values["tensors"]):
                 raise TypeError
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{where}: field 'tensors' is not a list of tensor records") from None
@@ -117,6 +122,18 @@ _FIELDS: dict[str, type] = {
     "notes": list,
     "files": dict,
 }
+
+
+def _is_plain(record: TensorRecord) -> bool:
+    """Whether a tensor's record has names for names and counts for counts."""
+    texts = (record.name, record.stored_as, record.type)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and type(record.bytes) is int
+        and record.bytes >= 0
+        and len(record.shape) > 0
+        and min(record.shape) > 0
+    )
 
 
 def _check_name(name: str, where: Path) -> None:

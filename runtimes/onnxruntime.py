@@ -24,8 +24,9 @@ from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
 from runtimes.memory import MemoryNeed, fitting_context
+from runtimes.onnx_artifact import read_artifact_graph
 from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
-from runtimes.onnx_external import External, onnx, read_graph
+from runtimes.onnx_external import External, onnx
 from runtimes.onnx_kv import LayerPairs, kv_scales
 from runtimes.onnx_prepacked import lay_out, open_packed
 from runtimes.onnx_rewrite import quantize_kv, set_accuracy_level
@@ -55,7 +56,7 @@ class OnnxSession:
         kv = options.kv or "float32"
         if kv not in KV_BYTES:
             raise FoxEdgeError(f"a KV cache of '{kv}' is none of {', '.join(KV_BYTES)}")
-        graph = read_graph(artifact.model_path)
+        graph = read_artifact_graph(artifact)
         need = memory_need(artifact, graph, KV_BYTES[kv])
         self.context = fitting_context(need, options.context, limit, str(artifact.path))
         self.length = 0
