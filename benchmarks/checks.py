@@ -226,8 +226,9 @@ def _relative_error(
     def sums(start: int) -> tuple[float, float]:
         stop = min(rows, start + step)
         want = checkpoint.float_rows(name, start, stop).numpy().ravel()
-        difference = file.rows(name, start, stop).ravel() - want
-        return float(np.dot(difference, difference)), float(np.dot(want, want))
+        with np.errstate(all="ignore"):  # damaged weights may be anything; what is no number is no match
+            difference = file.rows(name, start, stop).ravel() - want
+            return float(np.dot(difference, difference)), float(np.dot(want, want))
 
     found = list(pool.map(sums, range(0, rows, step)))
     checkpoint.release(name)

@@ -1,6 +1,7 @@
 """Verification finds what is wrong, and says so; what is right passes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,119 @@ def test_a_type_that_does_not_exist(checkpoint: Checkpoint, tmp_path: Path) -> N
     tensors[0]["type"] = "q9_z"
     found = failed(verify(lying(artifact, {"tensors": tensors}), checkpoint, LOOSE))
     assert found == {"tensors": "model.embed_tokens.weight: the manifest says q9_z, but the file has q8_0"}
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+WIDEST = {"gguf": "q2_k", "onnx": "q2s256"}  # the types with the loosest bounds
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({"tied": False}, "the manifest lies: tied is False, the checkpoint's True"),
+        ({"parameters": 12}, "the manifest lies: parameters is 12, the checkpoint's "),
+        ({"context": 100}, "the manifest lies: context is 100, the checkpoint's 256"),
+    ],
+)
+def test_a_manifest_that_lies_about_the_model(
+    lie: dict, words: str, format: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    found = failed(verify(lying(exported(checkpoint, tmp_path, format), lie), checkpoint, LOOSE))
+    assert list(found) == ["manifest"] and words in found["manifest"]
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_manifest_that_lies_about_a_tensor(format: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A loose type would loosen the bound of the tensor's error: the file's own type counts."""
+    artifact = exported(checkpoint, tmp_path, format)
+    told = json.loads((artifact.path / MANIFEST).read_text())["tensors"]
+    truth = next(t for t in told if t["name"] == Q)
+
+    def lies(**fields: object) -> dict[str, str]:
+        tensors = [{**t, **fields} if t["name"] == Q else t for t in told]
+        return failed(verify(lying(artifact, {"tensors": tensors}), checkpoint, LOOSE))
+
+    assert lies() == {}
+    assert lies(type=WIDEST[format]) == {
+        "tensors": f"{Q}: the manifest says {WIDEST[format]}, but the file has {truth['type']}"
+    }
+    assert lies(bytes=truth["bytes"] + 1) == {
+        "tensors": f"{Q}: the manifest says {truth['bytes'] + 1} bytes, but the file has {truth['bytes']}"
+    }
+    shape = (truth["shape"][0] + 1, truth["shape"][1])
+    [(name, detail)] = lies(shape=shape).items()
+    assert name == "manifest" and f"the shape of {Q} is {shape}, the checkpoint's" in detail
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_manifest_that_lists_other_tensors(format: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, format)
+    told = json.loads((artifact.path / MANIFEST).read_text())["tensors"]
+    truth = next(t for t in told if t["name"] == Q)
+    without = [t for t in told if t["name"] != Q]
+    found = failed(verify(lying(artifact, {"tensors": without}), checkpoint, LOOSE))
+    assert f"the shape of {Q} is None" in found["manifest"] and set(found) & {"tensors", "opens"}
+    found = failed(
+        verify(lying(artifact, {"tensors": [*told, {**truth, "name": "more"}]}), checkpoint, LOOSE)
+    )
+    assert "the checkpoint has no more" in found["manifest"]
+    found = failed(verify(lying(artifact, {"tensors": [*told, truth]}), checkpoint, LOOSE))
+    assert f"{len(told) + 1} tensors are listed, the checkpoint has {len(told)}" in found["manifest"]
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_config_that_lies(format: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    artifact = exported(checkpoint, tmp_path, format)
+    fields = json.loads((artifact.path / "config.json").read_text())
+    (artifact.path / "config.json").write_text(json.dumps(fields | {"rope_theta": 500_000}))
+    found = failed(verify(artifact, checkpoint, LOOSE))
+    assert "config.json" in found["files"]
+    assert "config.json's rope_theta is 500000.0, the checkpoint's 10000.0" in found["manifest"]
+
+
+def append(data: bytes) -> bytes:
+    return data + b"\0"
+
+
+def insert(data: bytes) -> bytes:
+    return b"\0" + data
+
+
+def lose(data: bytes) -> bytes:
+    return data[1:]
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+@pytest.mark.parametrize("damage", [append, insert, lose, flip])
+def test_one_byte_too_many_too_few_or_wrong(
+    damage: Callable[[bytes], bytes], format: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    artifact = exported(checkpoint, tmp_path, format)
+    biggest = max(artifact.path.iterdir(), key=lambda p: p.stat().st_size)
+    biggest.write_bytes(damage(biggest.read_bytes()))
+    report = verify(artifact, checkpoint, LOOSE)
+    assert failed(report)["files"] == f"sha256 is not the manifest's: {biggest.name}"
+    # A wrong byte leaves the rest in its place; but where all weights are off theirs, more is said.
+    if damage in (insert, lose):
+        assert "opens" in failed(report)
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_a_row_that_the_blocks_do_not_divide(format: str, tmp_path: Path) -> None:
+    """It gets smaller blocks, or plain floats; the manifest says why, and the file is held to that."""
+    config = replace(TINY_256, intermediate_size=272)  # 17 blocks of 16 and no whole number of larger ones
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "fox", config))
+    artifact = exported(checkpoint, tmp_path, format)
+    down = next(t for t in artifact.manifest.tensors if t.name.endswith("down_proj.weight"))
+    assert down.type == {"gguf": "f16", "onnx": "q8s16"}[format]
+    asked = {"gguf": "q8_0 blocks of 32", "onnx": "q8s128 blocks of 128"}[format]
+    assert down.reason == f"272 columns are no whole number of {asked}"
+    assert failed(verify(artifact, checkpoint, limits_of(artifact))) == {}
 
 
 def test_a_manifest_without_hashes_does_not_open(checkpoint: Checkpoint, tmp_path: Path) -> None:
