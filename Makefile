@@ -41,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build *.egg-info runtimes/browser/vendor runtimes/browser/node_modules tests/clients/node_modules

@@ -64,8 +64,8 @@ def genai_config(config: FoxConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     Keys and values get one buffer of `max_length` positions, filled with zeros at the start: a whole context
     of Fox-1's would be a gigabyte. A caller who needs more positions sets a larger one.
     """
-    stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    ends = ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) + stops
+    # The first one is the end of a text; the others end a turn.
+    ends = sorted(tokenizer.stop_ids, key=lambda id: (id != tokenizer.eos_id, id))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     if tokenizer.pad_id is None:
         ids["pad_token_id"] = tokenizer.eos_id

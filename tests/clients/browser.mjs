@@ -1,4 +1,5 @@
-// Drives Chromium through the page: opens it, asks the example twice, and prints what was seen as JSON.
+// Drives Chromium through the page and prints what was seen as JSON: opens it, asks the example, asks it again in
+// a new chat, and goes on in that chat.
 //
 //   node browser.mjs CHROMIUM URL [SCREENSHOT.png]
 
@@ -67,6 +68,10 @@ try {
     await page.click("#new");
     await page.click("#example");
     seen.answers.push(await answered(page));
+    await page.fill("#question", "And how many did she give away?");
+    await page.click("#send");
+    seen.answers.push(await answered(page));
+    seen.turns = await page.locator("#turns li").count();
   } else {
     seen.failed = await page.textContent(".failed");
   }

@@ -72,12 +72,16 @@ def test_same_greedy_text(asked: Asked) -> None:
         seen = run_node(node, "browser.mjs", chromium, f"http://{host}/")
     assert seen["state"] == "ready", seen
     assert seen["question"] == asked.question
-    first, again = seen["answers"]
+    first, again, more = seen["answers"]
     assert (first["text"], first["ids"]) == (asked.text, asked.answer)
     assert (again["text"], again["ids"]) == (asked.text, asked.answer)
     # The second time all of the prompt but its last token is still in the cache.
     assert first["figures"].startswith(f"{len(asked.prompt)} tokens read ·")
     assert f"({len(asked.prompt) - 1} of them kept from before)" in again["figures"]
+    # A second question in the same chat reads only what is new: question and answer are known.
+    kept = re.search(r"\((\d+) of them kept from before\)", more["figures"])
+    assert kept and int(kept[1]) == len(asked.prompt) + len(asked.answer)
+    assert seen["turns"] == 4 and len(more["ids"]) > 1
     assert re.search(r"first token after \d.* · \d+ tokens written at [\d.]+ tokens/s", first["figures"])
     size = sum((asked.folder / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
     assert seen["facts"]["size"] == f"{size / 1e6:.1f} MB"
