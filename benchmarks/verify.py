@@ -35,10 +35,8 @@ from fox_edge.processors import available_cores
 from fox_edge.quant import INT4_LIMITS, Limits
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import (
-    FOREIGN_ONNX,
     SessionOptions,
     TokenFile,
-    load,
     open_model_file,
     open_session,
 )
@@ -122,7 +120,7 @@ def verify_foreign(
     try:
         checks += _token_checks(SideFiles(foreign.folder), checkpoint.tokenizer())
         checks.append(_foreign_tie(foreign, checkpoint))
-        with contextlib.closing(load(FOREIGN_ONNX[1])(foreign, SessionOptions(threads=threads))) as session:
+        with contextlib.closing(open_session(foreign, SessionOptions(threads=threads))) as session:
             checks += check_logits(session, checkpoint, text, limits, figures)
     except FoxEdgeError as error:
         checks.append(Check("opens", False, str(error)))

@@ -211,7 +211,20 @@ def export_summary(
         "p99_kl_nats": verification.get("p99_kl_nats"),
         "top1_agreement_percent": verification.get("top1_agreement_percent"),
         "notes": list(manifest.notes),
+        "other_types": _other_types(manifest),
     }
+
+
+def _other_types(manifest: Manifest) -> list[str]:
+    """One sentence for each reason why tensors have another type than the recipe asked for."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for record in manifest.tensors:
+        if record.reason is not None:
+            groups.setdefault((record.type, record.reason), []).append(record.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} stored as {kind}: {reason}"
+        for (kind, reason), names in groups.items()
+    ]
 
 
 def export_text(result: dict[str, Any]) -> str:
@@ -223,6 +236,7 @@ def export_text(result: dict[str, Any]) -> str:
         f"written in {result['seconds']:.1f} s at a peak of {result['peak_rss_bytes'] / 1e6:,.0f} MB; "
         f"verified in {result['verify_seconds']:.1f} s: mean KL {result['mean_kl_nats']:.2g} nats, "
         f"top-1 agreement {result['top1_agreement_percent']:.1f} %",
+        *(f"note: {sentence}" for sentence in result["other_types"]),
     ]
     return "\n".join(lines)
 

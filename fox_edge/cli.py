@@ -100,18 +100,25 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     from fox_edge.inspection import inspect, inspect_text
+    from runtimes.base import is_foreign
 
-    _print(args, inspect(args.target, args.context), inspect_text)
+    path = Path(args.target)
+    if is_foreign(path):
+        from runtimes.onnx_foreign import ForeignOnnx
+
+        result = ForeignOnnx.open(path).inspect(args.context)
+    else:
+        result = inspect(args.target, args.context)
+    _print(args, result, inspect_text)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from fox_edge.artifact import Artifact
-    from runtimes.base import SessionOptions
+    from runtimes.base import SessionOptions, open_model
     from runtimes.generate import Sampling
     from runtimes.terminal import chat_in_terminal
 
     chat_in_terminal(
-        Artifact.open(Path(args.artifact)),
+        open_model(Path(args.artifact)),
         SessionOptions(context=args.context, threads=args.threads, **_session(args)),
         Sampling(temperature=args.temperature, top_p=args.top_p, min_p=args.min_p, seed=args.seed),
         system=args.system,

@@ -102,8 +102,7 @@ def inspect_text(result: dict[str, Any]) -> str:
     """The result as lines for a person: a summary, then types by their share of the bytes, then memory."""
     lines = [
         f"{result['target']}: {result['format']}" + (f" {result['quant']}" if result["quant"] else ""),
-        f"{result['parameters']:,} parameters, {megabytes(result['bytes'])}, "
-        f"{result['bits_per_weight']:.2f} bits per weight",
+        _size_line(result),
         "embedding and head are " + ("one matrix (tied)" if result["tied"] else "two matrices (not tied)"),
     ]
     if "verified" in result:
@@ -116,6 +115,16 @@ def inspect_text(result: dict[str, Any]) -> str:
         f"KV cache {megabytes(memory['kv_bytes'])} = {megabytes(memory['total_bytes'])}, plus buffers"
     )
     return "\n".join(lines)
+
+
+def _size_line(result: dict[str, Any]) -> str:
+    """Parameters, bytes and their ratio; the bytes alone where nothing tells the parameters."""
+    if result["parameters"] is None:
+        return f"{megabytes(result['bytes'])}, of an unknown number of parameters"
+    return (
+        f"{result['parameters']:,} parameters, {megabytes(result['bytes'])}, "
+        f"{result['bits_per_weight']:.2f} bits per weight"
+    )
 
 
 def _tensor_lines(tensors: list[dict[str, Any]]) -> list[str]:

@@ -10,13 +10,16 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
+
+if TYPE_CHECKING:
+    from runtimes.onnx_foreign import ForeignOnnx
 
 Logits = NDArray[np.float32]
 
@@ -171,12 +174,21 @@ def runtime_name(format: str) -> str:
     return _entry(format)[0]
 
 
-def open_session(artifact: Artifact, options: SessionOptions | None = None) -> Session:
-    """Open an artifact in the runtime of its format; imports that runtime only now.
+def open_model(path: Path) -> Artifact | ForeignOnnx:
+    """What a user's path names: an artifact, or another tool's ONNX model; raises ArtifactError."""
+    if not is_foreign(path):
+        return Artifact.open(path)
+    foreign: ForeignOnnx = load("runtimes.onnx_foreign:ForeignOnnx").open(path)
+    return foreign
+
+
+def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None = None) -> Session:
+    """Open a model in the runtime of its format; imports that runtime only now.
 
     Raises MissingPackageError naming the extra, ArtifactError for a damaged model file.
     """
-    session: Session = load(_entry(artifact.manifest.format)[1])(artifact, options or SessionOptions())
+    entry = _entry(model.manifest.format) if isinstance(model, Artifact) else FOREIGN_ONNX
+    session: Session = load(entry[1])(model, options or SessionOptions())
     return session
 
 
@@ -190,7 +202,7 @@ def open_model_file(artifact: Artifact) -> ModelFile:
 def is_foreign(path: Path) -> bool:
     """Whether a user's path is an .onnx file, or a folder of them without a manifest of ours.
 
-    Such a model is described by `runtimes.onnx_foreign.ForeignOnnx.open`.
+    `open_model` describes it.
     """
     if path.is_file():
         return path.suffix == ".onnx"

@@ -17,6 +17,7 @@ import numpy as np
 
 from fox_edge.config import MAX_DIMENSION, MAX_LAYERS, FoxConfig, read_json_object
 from fox_edge.errors import ArtifactError, CheckpointError, VerificationError
+from fox_edge.quant import ONNX
 from runtimes.onnx_external import External, onnx, read_graph
 from runtimes.onnx_tie import GraphIndex, Reader, Tie, find_tie
 from runtimes.side_files import CONFIG, GENAI_CONFIG
@@ -111,6 +112,40 @@ class ForeignOnnx:
             weights=tuple(_weights(index, model_path.parent)),
             tie=tie,
         )
+
+    def inspect(self, context: int | None = None) -> dict[str, Any]:
+        """The same keys as `fox_edge.inspection.inspect`; constants have the graph's own names.
+
+        Raises ArtifactError when the context is longer than the model's.
+        """
+        context = self.context if context is None else context
+        if context > self.context:
+            raise ArtifactError(
+                f"{self.path}: a context of {context} was asked for, but the model has {self.context}"
+            )
+        kv = self.interface.kv_bytes_per_position * context
+        tie = "no embedding or no head was found in the graph" if self.tie is None else self.tie.sentence()
+        return {
+            "target": str(self.path),
+            "format": ONNX,
+            "quant": self.quant,
+            "parameters": self.parameters,
+            "bytes": self.total_bytes(),
+            "bits_per_weight": None if self.parameters is None else 8 * self.weight_bytes / self.parameters,
+            "tied": self.tie is not None and self.tie.one_copy,
+            "verified": None,
+            "notes": [f"written by {self.producer}, without a manifest", tie],
+            "tensors": [
+                {"name": w.name, "shape": list(w.shape), "type": w.type, "bytes": w.bytes, "reason": None}
+                for w in self.weights
+            ],
+            "memory": {
+                "context": context,
+                "weights_bytes": self.weight_bytes,
+                "kv_bytes": kv,
+                "total_bytes": self.weight_bytes + kv,
+            },
+        }
 
     @property
     def parameters(self) -> int | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
+from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_foreign import ForeignOnnx
 
 try:
@@ -34,16 +35,16 @@ class ForeignSession:
     """One conversation with a foreign ONNX model; see `runtimes.base.Session`.
 
     Raises ArtifactError for a model that onnxruntime refuses, ContextOverflowError when more positions are
-    asked for than the model's configuration has.
+    asked for than the model's configuration has, NotEnoughMemoryError when they would not fit in memory.
     """
 
     def __init__(self, foreign: ForeignOnnx, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
         refuse_onnx_choices(options, "another tool's graph")
-        self.context = foreign.context if options.context is None else options.context
-        if not 0 < self.context <= foreign.context:
+        if options.context is not None and not 0 < options.context <= foreign.context:
             raise ContextOverflowError(
-                f"a context of {self.context} positions was asked for; this model has 1 to {foreign.context}"
+                f"a context of {options.context} positions was asked for; this model has 1 to "
+                f"{foreign.context}"
             )
         self._path, self._graph = foreign.model_path, foreign.interface
         self.vocab_size = self._graph.vocab_size
@@ -51,6 +52,11 @@ class ForeignSession:
         all_rows = not self._graph.last_only and self._graph.keep is None
         row_bytes = self.vocab_size * np.dtype(self._graph.logits_type).itemsize
         self._chunk = min(PREFILL_CHUNK, max(1, MAX_LOGITS_BYTES // row_bytes)) if all_rows else PREFILL_CHUNK
+        # Keys and values that are made anew lie beside the old ones for a moment.
+        per_position = self._graph.kv_bytes_per_position * (1 if self._graph.shared else 2)
+        buffers = self._chunk * row_bytes if all_rows else row_bytes
+        need = MemoryNeed(foreign.weight_bytes, buffers, per_position)
+        self.context = fitting_context(need, options.context, foreign.context, str(foreign.path))
         self._session: Any = self._open(options.threads or physical_cores())
         self._past: list[Any] = []
         self._past_length = 0

@@ -9,22 +9,25 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from fox_edge.artifact import Artifact
 from fox_edge.errors import ContextOverflowError
 from fox_edge.progress import say
 from fox_edge.tokenizer import Tokenizer
-from runtimes.base import SessionOptions, open_session, runtime_name
+from runtimes.base import FOREIGN_ONNX, SessionOptions, open_session, runtime_name
 from runtimes.chat import Chat
 from runtimes.generate import Sampling
+
+if TYPE_CHECKING:
+    from runtimes.onnx_foreign import ForeignOnnx
 
 HELP = "/undo takes back the last question, /reset starts again, /stats shows the speed, /quit leaves"
 _PROMPT = "> "
 
 
 def chat_in_terminal(
-    artifact: Artifact,
+    model: Artifact | ForeignOnnx,
     options: SessionOptions,
     sampling: Sampling,
     *,
@@ -32,21 +35,32 @@ def chat_in_terminal(
     max_tokens: int | None = None,
     question: str | None = None,
 ) -> None:
-    """Open the artifact and talk until the user leaves; with `question`, answer it and return."""
-    tokenizer = Tokenizer.from_folder(artifact.path)
-    with contextlib.closing(open_session(artifact, options)) as session:
+    """Open the model and talk until the user leaves; with `question`, answer it and return."""
+    tokenizer = Tokenizer.from_folder(model.path if isinstance(model, Artifact) else model.folder)
+    with contextlib.closing(open_session(model, options)) as session:
         terminal = Terminal(Chat(session, tokenizer, system, sampling, max_tokens), sys.stdout)
         if question is not None:
             terminal.answer(question)
             return
-        verified = (artifact.manifest.verification or {}).get("passed")
-        say(
-            f"{artifact.manifest.checkpoint}, {artifact.manifest.format} {artifact.manifest.quant}, on "
-            f"{runtime_name(artifact.manifest.format)}, {session.context} tokens of context"
-            + ("" if verified else "; this artifact was never verified")
-        )
+        say(f"{_title(model)}, {session.context} tokens of context{_doubt(model)}")
         say(HELP)
         terminal.run(_reader())
+
+
+def _title(model: Artifact | ForeignOnnx) -> str:
+    if isinstance(model, Artifact):
+        manifest = model.manifest
+        return (
+            f"{manifest.checkpoint}, {manifest.format} {manifest.quant}, on {runtime_name(manifest.format)}"
+        )
+    return f"{model.path.name}, onnx {model.quant} by {model.producer}, on {FOREIGN_ONNX[0]}"
+
+
+def _doubt(model: Artifact | ForeignOnnx) -> str:
+    """A remark on a model that nobody has held to its checkpoint."""
+    if not isinstance(model, Artifact):
+        return "; another tool's export, not verified (fox-edge verify)"
+    return "" if (model.manifest.verification or {}).get("passed") else "; this artifact was never verified"
 
 
 class Terminal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -95,6 +96,30 @@ def test_verify_from_the_command_line(optimum_folder: Path, capsys: pytest.Captu
     assert report["limits"] == {"mean_kl_nats": 0.001, "greedy_tokens": 0} and report["passed"]
     assert cli.main([*command, "--max-mean-kl", "1e-30"]) == 2
     assert "NOT the model any more" in capsys.readouterr().out
+
+
+def test_inspect_from_the_command_line(optimum_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(optimum_folder), "--context", "100", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["format"], result["quant"], result["tied"]) == ("onnx", "float32", False)
+    assert result["memory"]["kv_bytes"] == 100 * 2 * 8 * 64 * 4
+    assert result["memory"]["weights_bytes"] == sum(t["bytes"] for t in result["tensors"])
+    assert cli.main(["inspect", str(optimum_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "two matrices" in text and "NOT verified" in text and f"takes {4 * MATRIX:,} bytes besides" in text
+    assert cli.main(["inspect", str(optimum_folder), "--context", "5000"]) == 2
+    assert "a context of 5000 was asked for, but the model has 1024" in capsys.readouterr().err
+
+
+def test_chat_from_the_command_line(
+    optimum_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "Ann has 3 apples and buys 4 more. How many apples does she have?"
+    assert cli.main(["chat", str(optimum_folder), question, "--threads", "1"]) == 0
+    assert "#### 7" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    assert cli.main(["chat", str(optimum_folder), "--threads", "1"]) == 0
+    assert "onnx float32 by pytorch" in (told := capsys.readouterr().err) and "not verified" in told
 
 
 def test_a_foreign_subject_knows_its_sizes(optimum_folder: Path, nano: Checkpoint) -> None:

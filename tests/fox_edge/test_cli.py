@@ -1,5 +1,6 @@
 """The user's words: the real command line, its exit statuses, its JSON."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def test_export_json(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert set(result) >= EXPORT_KEYS
     assert result["tied_copies"] == 1
     assert result["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+
+
+def test_export_says_which_tensors_got_another_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(TINY_256, intermediate_size=272)
+    uneven = make_checkpoint(tmp_path / "uneven", config)
+    arguments = ("--format", "onnx", "--quant", "int8", "--greedy-tokens", "0")
+    status, out, _ = run(capsys, "export", uneven, tmp_path / "out", *arguments)
+    assert status == 0
+    assert (
+        "note: model.layers.0.mlp.down_proj.weight and 1 more stored as q8s16: 272 columns are no whole "
+        "number of q8s128 blocks of 128"
+    ) in out
 
 
 def test_verify_says_yes_and_no(

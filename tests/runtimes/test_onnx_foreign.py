@@ -15,7 +15,7 @@ import torch
 from export.onnx import export_onnx
 from fox_edge.artifact import MANIFEST
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError
+from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, NotEnoughMemoryError
 from fox_edge.quant import ONNX, find_recipe
 from runtimes import onnx_foreign_session
 from runtimes.base import SCORE_CHUNK, Session, SessionOptions, is_foreign
@@ -171,6 +171,19 @@ def test_tokens_and_contexts_that_do_not_fit(optimum_folder: Path) -> None:
     session.close()
     with pytest.raises(FoxEdgeError, match="closed"):
         session.step(1)
+
+
+def test_a_context_that_would_not_fit_in_memory(
+    optimum_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = ForeignOnnx.open(optimum_folder)
+    # Weights, 256 rows of logits, and 100 positions of keys and values, old and new.
+    room = foreign.weight_bytes + 256 * 8192 * 4 + 100 * 2 * 8 * 2 * 64 * 4
+    monkeypatch.setattr("runtimes.memory.available_bytes", lambda: room)
+    assert ForeignSession(foreign, ONE).context == 100
+    words = r"a context of 101 tokens takes .* a context of 100 would fit"
+    with pytest.raises(NotEnoughMemoryError, match=words):
+        ForeignSession(foreign, SessionOptions(context=101, threads=1))
 
 
 def test_logits_of_a_long_prompt_are_bounded(optimum_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
