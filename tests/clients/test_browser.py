@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,13 @@ def test_the_page_says_what_went_wrong(exported: Artifact, tmp_path: Path) -> No
             file.truncate(1000)
         seen = run_node(node, "browser.mjs", chromium, f"http://{host}/")
     assert seen["state"] == "failed" and len(seen["failed"]) > 10, seen
+
+
+def test_the_pages_loop() -> None:
+    done = subprocess.run(
+        [need_node(HERE), "--test", HERE / "generate.test.mjs"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "pass 4" in done.stdout, done.stdout[-3000:]
 
 
 def test_server_hands_out_the_page_and_the_folder(get: Get, exported: Artifact) -> None:
