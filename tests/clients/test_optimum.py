@@ -120,12 +120,14 @@ def test_compat_costs_no_bytes_and_changes_no_answer(
         notes = json.loads(capsys.readouterr().out)["notes"]
         assert notes == ([f"made with --compat optimum: {COMPAT[OPTIMUM]}"] if extra else [])
         sizes.append((out / "model.onnx_data").stat().st_size)
-        with contextlib.closing(open_session(Artifact.open(out), SessionOptions(threads=1))) as session:
-            logits.append(session.prefill([2, 100, 200, 300, 400]))
+        for kv in ("float32", "int8"):
+            options = SessionOptions(threads=1, kv=kv)
+            with contextlib.closing(open_session(Artifact.open(out), options)) as session:
+                logits.append(session.prefill([2, 100, 200, 300, 400]))
         graph = onnx.load(out / MODEL_FILE, load_external_data=False).graph
         assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 8
     assert sizes[0] == sizes[1]
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    np.testing.assert_allclose(logits[2:], logits[:2], atol=1e-4)
 
 
 def test_compat_names_the_clients_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
