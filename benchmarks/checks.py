@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from fox_edge.errors import FoxEdgeError, VerificationError
 from fox_edge.progress import Progress
 from fox_edge.quant import TYPES, Limits
 from fox_edge.tokenizer import Tokenizer
-from runtimes.base import ModelFile, Session, TokenFile
+from runtimes.base import Logits, ModelFile, Session, TokenFile
 from runtimes.generate import Sampling, generate
 
 LOGIT_TOKENS = 512
@@ -251,13 +251,21 @@ def _logit_tokens(tokenizer: Tokenizer, text: str | None, context: int) -> list[
 
 
 def check_logits(
-    session: Session, checkpoint: Checkpoint, text: str | None, limits: Limits, report: dict[str, Any]
+    session: Session,
+    checkpoint: Checkpoint,
+    text: str | None,
+    limits: Limits,
+    report: dict[str, Any],
+    choices: Choices | None = None,
 ) -> list[Check]:
-    """Logits on real text, and the same greedy text; both need the reference, opened once."""
-    reference = ReferenceScorer(checkpoint)
+    """Logits on real text, and the same greedy text; both need the reference, opened once.
+
+    `choices` remembers what the session made of the text.
+    """
+    reference, choices = ReferenceScorer(checkpoint), choices or Choices()
     try:
         tokens = _logit_tokens(checkpoint.tokenizer(), text, session.context)
-        fidelity = compare(reference.logits(tokens), session.score(tokens))
+        fidelity = compare(reference.logits(tokens), choices.of(session, tokens))
     except FoxEdgeError as error:
         return [Check("logits", False, str(error))]
     report |= fidelity.to_json()
@@ -267,6 +275,37 @@ def check_logits(
             run_check("greedy text", lambda: _greedy(session, reference, tokens, limits.greedy_tokens))
         )
     return checks
+
+
+@dataclass
+class Choices:
+    """A text, and the likeliest token after each of its tokens, as a session has it."""
+
+    tokens: Sequence[int] = ()
+    best: list[int] = field(default_factory=list)
+
+    def of(self, session: Session, tokens: Sequence[int]) -> Iterator[Logits]:
+        """The session's logits over a text; remembers the likeliest tokens as they pass."""
+        self.tokens, self.best = tokens, []
+        for logits in session.score(tokens):
+            self.best.extend(logits.argmax(-1).tolist())
+            yield logits
+
+
+def check_activations(exact: Session, choices: Choices, report: dict[str, Any]) -> Check:
+    """How often int8 activations, with which `choices` were made, choose another token than float32 ones."""
+    again = Choices()
+    for _ in again.of(exact, choices.tokens):
+        pass
+    flips, count = sum(a != b for a, b in zip(choices.best, again.best, strict=True)), len(again.best)
+    report["flipped_percent"] = 100 * flips / count
+    return Check(
+        "activations",
+        True,
+        f"rounding them to int8 changes the likeliest token at {flips} of {count} positions "
+        f"({report['flipped_percent']:.1f} %); accuracy level 1 does not round them",
+        finding=True,
+    )
 
 
 def _fidelity(fidelity: Fidelity, limits: Limits) -> str:

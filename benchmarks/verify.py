@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.checks import (
     Check,
+    Choices,
+    check_activations,
     check_chat_template,
     check_files,
     check_logits,
@@ -32,7 +34,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, FoxEdgeError, VerificationError
 from fox_edge.processors import available_cores
-from fox_edge.quant import INT4_LIMITS, Limits
+from fox_edge.quant import INT4_LIMITS, ONNX, TYPES, Limits
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import (
     SessionOptions,
@@ -88,12 +90,23 @@ def verify(
                     "tensors", lambda: check_tensors(file, artifact, checkpoint, threads or available_cores())
                 ),
             ]
-        options = SessionOptions(threads=threads, cache=False)
+        options, choices = SessionOptions(threads=threads, cache=False), Choices()
         with contextlib.closing(open_session(artifact, options)) as session:
-            checks += check_logits(session, checkpoint, text, limits, figures)
+            checks += check_logits(session, checkpoint, text, limits, figures, choices)
+        if choices.best and _rounds_activations(artifact):
+            exact = replace(options, accuracy_level=1)
+            with contextlib.closing(open_session(artifact, exact)) as session:
+                checks.append(check_activations(session, choices, figures))
     except FoxEdgeError as error:
         checks.append(Check("opens", False, str(error)))
     return _report(str(artifact.path), limits, figures, checks, start)
+
+
+def _rounds_activations(artifact: Artifact) -> bool:
+    """Whether its runtime rounds what quantized matrices read to int8, unless told otherwise."""
+    manifest = artifact.manifest
+    kinds = (TYPES.get((ONNX, tensor.type)) for tensor in manifest.tensors)
+    return manifest.format == ONNX and any(kind is not None and kind.bits for kind in kinds)
 
 
 def verify_foreign(

@@ -64,14 +64,25 @@ class Compensation(NamedTuple):
         for extra in (damping, 10 * damping, 100 * damping):
             damped = scaled.clone()
             damped.diagonal().add_(extra)
-            factor, failed = torch.linalg.cholesky_ex(damped)
+            # With rows and columns reversed, H = L L^T; then H^-1 = U^T U, U the inverse of L reversed.
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed:
-                inverse = torch.cholesky_inverse(factor)
-                factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return cls(weight, order, factor)
+                return cls(weight, order, _inverse(lower).flip(0, 1))
         # Nothing but its own diagonal can be made of such an input: plain rounding on a weighted grid.
         return cls(weight, order, torch.eye(len(weight)))
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: a third of the work of solving for identity."""
+    size = len(lower)
+    if size <= PANEL:
+        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    half = size // 2
+    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    found = torch.zeros_like(lower)
+    found[:half, :half], found[half:, half:] = first, last
+    found[half:, :half] = -(last @ lower[half:, :half] @ first)
+    return found
 
 
 def quantize_compensated(rows: Tensor, type_: QuantType, guide: Compensation) -> Blocks:

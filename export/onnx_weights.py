@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,12 +31,14 @@ from fox_edge.quant import COMPENSATED, EMBEDDING, HEAD, NEAREST, SEARCH, QuantT
 TASK_WEIGHTS = 1 << 17
 # With compensation a task goes column by column, each a handful of calls: more rows make them worth it.
 COMPENSATED_ROWS = 2048
+# Tasks after which the memory of what was read is given back: a large matrix is never in memory as a whole.
+_RELEASE_TASKS = 64
 # A tied matrix is rounded for the head's input; but its rows are inputs too, where all columns count alike.
 TIED_DAMPING = 0.05
 # Pieces, evenly spread over a matrix, from which the size of its columns is learned, and weights of each.
 _SCALE_SAMPLES, _SCALE_WEIGHTS = 256, 1 << 17
 # A rounding of one matrix: None, the importance of its columns (C,), or all that compensation needs.
-Guide = Tensor | Compensation | None
+Guide: TypeAlias = Tensor | Compensation | None
 
 
 def write_weights(
@@ -179,7 +182,11 @@ class _Work:
 
     def _finish(self, name: str, tasks: list[Future[Tensor]]) -> list[Tensor]:
         """Wait for a matrix; the results in the order of its rows."""
-        found = [task.result() for task in tasks]
+        found = []
+        for n, task in enumerate(tasks):
+            found.append(task.result())
+            if n % _RELEASE_TASKS == 0:
+                self.checkpoint.release(name)
         self._tell(name)
         return found
 

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.fidelity import reference_text
 from benchmarks.verify import Verifier, limits_of, verify, verify_text
 from export.gguf import export_gguf
 from export.onnx import export_onnx
-from fox_edge.artifact import MANIFEST, Artifact
+from fox_edge.artifact import MANIFEST, Artifact, export_summary, export_text
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, VerificationError
 from fox_edge.quant import Limits, find_recipe
+from runtimes.base import SessionOptions, open_session
 from tests.helpers import TINY_256, make_checkpoint
 
 EXPORTERS = {"gguf": export_gguf, "onnx": export_onnx}
@@ -50,9 +53,40 @@ def test_a_good_export_passes_every_check(checkpoint: Checkpoint, tmp_path: Path
         "tensors",
         "logits",
         "greedy text",
+        *(["activations"] if format == "onnx" else []),
     ]
     assert 0 <= report["mean_kl_nats"] <= 0.005
     assert "verified" in verify_text(report)
+
+
+def test_tokens_that_int8_activations_change_are_counted(
+    nano: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = export_onnx(nano, tmp_path / "out", find_recipe("onnx", "q4s128"), rounding="nearest")
+    report = verify(artifact, nano, Limits(mean_kl_nats=1, greedy_tokens=0))
+    best: dict[int, list[int]] = {}
+    tokens = nano.tokenizer().encode(reference_text(), bos=True)[:512]
+    for level in (1, 4):
+        with closing(open_session(artifact, SessionOptions(accuracy_level=level, cache=False))) as session:
+            best[level] = [int(row.argmax()) for rows in session.score(tokens) for row in rows]
+    flips = sum(a != b for a, b in zip(best[1], best[4], strict=True))
+    assert flips > 0 and report["flipped_percent"] == pytest.approx(100 * flips / 512)
+    (row,) = [check for check in report["checks"] if check["name"] == "activations"]
+    assert row["passed"] and row["finding"] and f"at {flips} of 512 positions" in row["detail"]
+    plain = export_onnx(nano, tmp_path / "plain", find_recipe("onnx", "float32"))
+    assert "flipped_percent" not in verify(plain, nano, LOOSE)
+
+
+@pytest.mark.parametrize(("percent", "told"), [(1.0, False), (1.2, True), (None, False)])
+def test_many_changed_tokens_are_told_at_export(
+    nano: Checkpoint, tmp_path: Path, percent: float | None, told: bool
+) -> None:
+    report = {"seconds": 1.0, "mean_kl_nats": 0.01, "top1_agreement_percent": 99.0}
+    report |= {"flipped_percent": percent} if percent is not None else {}
+    recipe = find_recipe("onnx", "int8")
+    artifact = export_onnx(nano, tmp_path / "out", recipe, verify=lambda _: report)
+    text = export_text(export_summary(artifact, 1.0, 1, 1))
+    assert ("note: activations rounded to int8 change 1.2 % of the likeliest tokens" in text) == told
 
 
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
