@@ -55,9 +55,9 @@ def _export(args: argparse.Namespace) -> None:
     from benchmarks.verify import Verifier
     from fox_edge.artifact import export_summary, export_text
 
-    if args.compat and args.format != "onnx":
-        raise FoxEdgeError(f"--compat {args.compat[0]} is for --format onnx, not {args.format}")
-    special = {"compat": args.compat} if args.compat else {}
+    special = {key: getattr(args, key) for key in ("compat", "rounding", "calibrate") if getattr(args, key)}
+    if special and args.format != "onnx":
+        raise FoxEdgeError(f"--{next(iter(special))} is for --format onnx, not {args.format}")
     recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
     start, out = time.monotonic(), Path(args.out)
     with AnonymousPeak() as peak, Progress(f"exporting {args.format} {recipe.name}") as progress:
@@ -287,6 +287,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("optimum",),
         default=[],
         help="ONNX: also serve what this client does and others need not pay for (docs/onnx-clients.md)",
+    )
+    export.add_argument(
+        "--rounding",
+        choices=("nearest", "search", "compensated"),
+        help="ONNX: how weights of at most 4 bits are rounded (default: compensated, the most accurate)",
+    )
+    export.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="ONNX: UTF-8 text to round for (default: built-in)"
     )
     _verification(export)
     _threads(export)

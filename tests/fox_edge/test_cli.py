@@ -132,6 +132,24 @@ def test_new_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "unknown shape" in mistake(capsys, "new", tmp_path / "b", "--shape", "nonsense")
 
 
+def test_mistakes_about_rounding(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, empty, short = tmp_path / "out", tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("fox")
+    onnx = ("export", checkpoint, out, "--format", "onnx")
+    gguf = ("export", checkpoint, out, "--format", "gguf")
+    line = mistake(capsys, *gguf, "--rounding", "search")
+    assert "--rounding is for --format onnx, not gguf" in line
+    assert "empty.txt: 0 tokens of calibration text" in mistake(capsys, *onnx, "--calibrate", empty)
+    assert "but a window takes" in mistake(capsys, *onnx, "--calibrate", short)
+    assert "none.txt: not readable" in mistake(capsys, *onnx, "--calibrate", tmp_path / "none.txt")
+    line = mistake(capsys, *onnx, "--calibrate", short, "--quant", "int8")
+    assert "calibration text, but nothing of this export is rounded by it" in line
+    assert not out.exists()
+
+
 def test_mistakes_of_the_user(
     checkpoint: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -250,3 +250,16 @@ def test_missing_and_huge_recipe(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(RecipeError, match="not readable"):
         find_recipe(GGUF, str(tmp_path / "folder.toml"))
+
+
+def test_a_recipe_says_how_to_round(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('default = "q4a32"\nrounding = "search"\n')
+    recipe = read_recipe(path, ONNX)
+    assert recipe.rounding_of(recipe.resolve(FOX.tensor_shapes())) == "search"
+    path.write_text('default = "q4a32"\nrounding = "up"\n')
+    with pytest.raises(RecipeError, match="rounding is 'up', but must be nearest or search or compensated"):
+        read_recipe(path, ONNX)
+    path.write_text('default = "q4_k"\nrounding = "search"\n')
+    with pytest.raises(RecipeError, match="'search', but .* for ONNX, and is always nearest for gguf"):
+        read_recipe(path, GGUF)
