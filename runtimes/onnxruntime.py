@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fox_edge.config import FoxConfig
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
+from runtimes.mapped_pages import drop_pages
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
 from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
@@ -153,18 +155,22 @@ def memory_need(artifact: Artifact, graph: onnx.ModelProto, kv_value_bytes: int)
     """What a session of this graph takes: packed matrices, the other weights, activations, KV cache."""
     config = FoxConfig.read(artifact.path / "config.json")
     # A tied matrix has several names for the same bytes: files are counted, not tensors.
-    files = {
-        External.of(tensor, artifact.path).path
-        for tensor in graph.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
-    stored = sum(path.stat().st_size for path in files)
+    stored = sum(path.stat().st_size for path in _data_files(artifact, graph))
     widest = max(config.hidden_size, 2 * config.intermediate_size)
     return MemoryNeed(
         weights=stored + sum(slot.size - slot.raw for slot in lay_out(graph)),
         buffers=4 * (_ACTIVATIONS * PREFILL_CHUNK * widest + SCORE_CHUNK * config.vocab_size),
         per_position=config.kv_bytes_per_token // 2 * kv_value_bytes,
     )
+
+
+def _data_files(artifact: Artifact, graph: onnx.ModelProto) -> set[Path]:
+    """The files that weights are in."""
+    return {
+        External.of(tensor, artifact.path).path
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
 
 
 def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionOptions) -> Any:
@@ -180,8 +186,13 @@ def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionO
         )
     # Packed matrices depend on the level; they are kept for the one that the artifact asks for.
     if options.cache and options.accuracy_level is None:
-        return open_packed(artifact, graph, model, threads)
-    return open_engine(model, artifact.path, threads, artifact.model_path)
+        engine = open_packed(artifact, graph, model, threads)
+    else:
+        engine = open_engine(model, artifact.path, threads, artifact.model_path)
+    for path in _data_files(artifact, graph):
+        # Scales were read in order to be packed; of the embedding, rows come as they are asked for.
+        drop_pages(path)
+    return engine
 
 
 def _extremes(artifact: Artifact, options: SessionOptions, tokens: list[int]) -> LayerPairs:
