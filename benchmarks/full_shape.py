@@ -242,9 +242,15 @@ def llama_bench(file: Path, build: Path) -> dict[str, Any]:
     }
 
 
-def genai_run(folder: Path, python: str) -> dict[str, Any]:
+def genai_run(
+    folder: Path,
+    python: str,
+    prompt_tokens: int = PROMPT_TOKENS,
+    decode_tokens: int = DECODE_TOKENS,
+    context: int = CONTEXT,
+) -> dict[str, Any]:
     """One round of onnxruntime-genai's own generator."""
-    cost = run([python, "-c", _GENAI_RUN, folder, str(PROMPT_TOKENS), str(DECODE_TOKENS), str(CONTEXT)])
+    cost = run([python, "-c", _GENAI_RUN, folder, str(prompt_tokens), str(decode_tokens), str(context)])
     memory = {"peak_rss_bytes": cost.peak_rss_bytes, "peak_anonymous_bytes": cost.peak_anonymous_bytes}
     return {"who": "onnxruntime-genai", "artifact": folder.name, **json.loads(cost.stdout), **memory}
 
