@@ -133,6 +133,8 @@ def verify_foreign(
     try:
         checks += _token_checks(SideFiles(foreign.folder), checkpoint.tokenizer())
         checks.append(_foreign_tie(foreign, checkpoint))
+        if foreign.interface.joint_scales:
+            checks.append(Check("activations", True, _JOINT_SCALES, finding=True))
         with contextlib.closing(open_session(foreign, SessionOptions(threads=threads))) as session:
             checks += check_logits(session, checkpoint, text, limits, figures)
     except FoxEdgeError as error:
@@ -143,6 +145,12 @@ def verify_foreign(
 _UNCHECKED = (
     "none, written by {}: not checked are the files' sha256, which checkpoint they were made from, and each "
     "tensor's own error"
+)
+
+
+_JOINT_SCALES = (
+    "rounded with one scale for all tokens that are fed at once, so that the logits depend on how many those "
+    f"are; here {SCORE_CHUNK}"
 )
 
 

@@ -31,6 +31,8 @@ _FLOATS: dict[int, type[np.generic]] = {
 # Operators whose constants are tables computed from the configuration, not weights.
 _TABLE_READERS = {"GroupQueryAttention", "RotaryEmbedding", "MultiHeadAttention"}
 _SHARED_CACHE = "GroupQueryAttention"
+# Operators that round all of their input by its one largest magnitude.
+_JOINT_SCALES = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Interface:
 
     `cache`: names of past and present, one pair for the keys and one for the values of every layer. `shared`:
     the two may be one buffer as long as the context, updated in place; else present is a new, longer tensor.
-    `last_only`: whatever comes in, only the last position's logits come out.
+    `last_only`: whatever comes in, only the last position's logits come out. `joint_scales`: activations are
+    rounded with one scale for all tokens that are fed at once, so that the logits depend on their number.
     """
 
     inputs: frozenset[str]
@@ -65,6 +68,7 @@ class Interface:
     vocab_size: int
     shared: bool
     last_only: bool
+    joint_scales: bool
     keep: str | None
     keep_rank: int = 0
 
@@ -275,6 +279,7 @@ def _interface(index: GraphIndex, where: Path, settings: _Settings) -> Interface
         logits_type=_element_type(outputs["logits"], _FLOATS, where),
         shared={n.op_type for n in graph.node if not set(past).isdisjoint(n.input)} == {_SHARED_CACHE},
         last_only=rows[1] == 1,
+        joint_scales=any(node.op_type in _JOINT_SCALES for node in graph.node),
         keep=keep,
         keep_rank=len(inputs[keep].type.tensor_type.shape.dim) if keep else 0,
         **sizes,
