@@ -37,6 +37,7 @@ from fox_edge.processors import available_cores
 from fox_edge.quant import INT4_LIMITS, ONNX, TYPES, Limits
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import (
+    SCORE_CHUNK,
     SessionOptions,
     TokenFile,
     open_model_file,

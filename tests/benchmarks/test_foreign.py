@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.bench import bench, bench_text
@@ -17,6 +19,7 @@ from benchmarks.verify import FOREIGN_LIMITS, verify_foreign, verify_text
 from fox_edge import cli
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import Limits
+from runtimes.base import open_model, open_session
 from runtimes.onnx_foreign import ForeignOnnx
 from tests.helpers import TINY_256, make_checkpoint
 
@@ -55,6 +58,13 @@ def test_optimums_int8_is_measured(optimum_int8_folder: Path, nano: Checkpoint) 
     report = verified(optimum_int8_folder, nano, Limits(mean_kl_nats=1e-4, greedy_tokens=0))
     assert not report["passed"] and "the limit is 0.0001" in rows(report)["logits"]["detail"]
     assert report["mean_kl_nats"] > 1e-3 and report["second_copy_bytes"] == MATRIX
+    # Which of its figures that is has to be said: fed one by one, the same tokens give other logits.
+    assert rows(report)["activations"]["finding"] and "here 64" in rows(report)["activations"]["detail"]
+    scored = []
+    for tokens in ([*range(100, 130)], [*range(100, 120)]):
+        with contextlib.closing(open_session(open_model(optimum_int8_folder))) as session:
+            scored.append(next(iter(session.score(tokens)))[:20])
+    assert np.abs(scored[0] - scored[1]).max() > 1e-3
 
 
 def test_another_checkpoint_is_told_apart(optimum_folder: Path, tmp_path: Path) -> None:
