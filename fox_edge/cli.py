@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     _threads(export)
 
     verify = verb("verify", _verify, "check that an artifact is still the model it was made from")
-    verify.add_argument("artifact")
+    verify.add_argument("artifact", help="an artifact, or an ONNX folder that another tool exported")
     verify.add_argument("--checkpoint", required=True, help="the checkpoint it was exported from")
     _verification(verify)
     _threads(verify)
@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
 
     chat = verb("chat", _chat, "talk to an artifact in the terminal")
-    chat.add_argument("artifact")
+    chat.add_argument("artifact", help="an artifact, or an ONNX folder that another tool exported")
     chat.add_argument("question", nargs="?", help="ask this, print the answer and leave")
     chat.add_argument("--system", help="system message")
     chat.add_argument(
@@ -328,7 +328,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
     bench.add_argument(
-        "artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model"
+        "artifact",
+        nargs="+",
+        help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
     )
     bench.add_argument("--prompt-tokens", type=_positive, default=234)
     bench.add_argument("--decode-tokens", type=_positive, default=64)
@@ -339,7 +341,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
     evaluate.add_argument(
-        "artifact", nargs="+", help="artifacts, or torch:CHECKPOINT for the BF16 PyTorch model"
+        "artifact",
+        nargs="+",
+        help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
     )
     evaluate.add_argument("--task", default="gsm8k", help="gsm8k (5-shot) or word-problems (0-shot chat)")
     evaluate.add_argument("--limit", type=_positive, default=50, help="problems to ask (default: 50)")

@@ -13,7 +13,8 @@ from fox_edge.errors import MissingPackageError
 @pytest.mark.parametrize(
     ("module", "package"),
     [
-        ("runtimes.onnxruntime", "onnxruntime"),
+        ("runtimes.onnx_engine", "onnxruntime"),
+        ("runtimes.onnx_foreign_session", "onnxruntime"),
         ("runtimes.onnx_external", "onnx"),
         ("export.onnx_graph", "onnx"),
     ],
