@@ -127,7 +127,7 @@ class Packer:
             key, _, place = fields["prepacked_0"].rpartition("|")
             start, size, *_ = (int(number) for number in place.split(";"))
             packed = np.memmap(data, np.uint8, "r", start, (size,))
-            yield checked_key(key), memoryview(packed)
+            yield checked_key(key), memoryview(packed)  # type: ignore[arg-type]
             del packed
         finally:
             graph.unlink(missing_ok=True)

@@ -83,10 +83,7 @@ class Prepacked:
     def check(self, pool: ThreadPoolExecutor) -> list[Future[bool]]:
         """Start to read the packed file and compare its checksums."""
         path = self.folder / _PACKED
-        return [
-            pool.submit(lambda n=n, due=due: _checksum(path, n) == due)
-            for n, due in enumerate(self.checksums)
-        ]
+        return [pool.submit(_is_whole, path, n, due) for n, due in enumerate(self.checksums)]
 
     def holds(self, logits: NDArray[np.float32]) -> bool:
         """Whether the first logits of a session on packed weights are those of the artifact's own weights."""
@@ -311,6 +308,10 @@ def processor() -> str:
 def _sample(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """At most 1,024 logits, evenly spread."""
     return logits[:: -(-len(logits) // 1024)]
+
+
+def _is_whole(path: Path, chunk: int, due: int) -> bool:
+    return _checksum(path, chunk) == due
 
 
 def _checksum(path: Path, chunk: int) -> int:

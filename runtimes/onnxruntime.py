@@ -24,7 +24,7 @@ from fox_edge.config import FoxConfig
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
-from runtimes.mapped_pages import drop_pages
+from runtimes.mapped_pages import drop_pages, trim_heap
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
 from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
@@ -192,6 +192,7 @@ def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionO
     for path in _data_files(artifact, graph):
         # Scales were read in order to be packed; of the embedding, rows come as they are asked for.
         drop_pages(path)
+    trim_heap()
     return engine
 
 

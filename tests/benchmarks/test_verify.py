@@ -37,6 +37,18 @@ def failed(report: dict) -> dict[str, str]:
     return {check["name"]: check["detail"] for check in report["checks"] if not check["passed"]}
 
 
+def test_verification_keeps_nothing_beside_the_artifact(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtimes.onnx_prepacked.MIN_BYTES", 0)
+    artifact = exported(checkpoint, tmp_path, "onnx")
+    before = sorted(artifact.path.iterdir())
+    assert verify(artifact, checkpoint, limits_of(artifact))["passed"]
+    assert sorted(artifact.path.iterdir()) == before
+    with closing(open_session(artifact)):
+        assert len(list(artifact.path.iterdir())) == len(before) + 1
+
+
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
 def test_a_good_export_passes_every_check(checkpoint: Checkpoint, tmp_path: Path, format: str) -> None:
     artifact = exported(checkpoint, tmp_path, format)

@@ -11,9 +11,7 @@ import pytest
 from runtimes import mapped_pages
 from runtimes.mapped_pages import drop_pages
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/smaps").exists(), reason="Linux's own account"
-)
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux's own account")
 SIZE = 1 << 20
 
 

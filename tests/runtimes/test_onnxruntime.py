@@ -257,3 +257,35 @@ def test_the_tied_matrix_is_in_memory_once(quant: str, tiny: Checkpoint, tmp_pat
     )
     matrix = artifact.manifest.tensors[0].bytes
     assert 0.5 * matrix < int(measured.stdout) < 1.5 * matrix
+
+
+# What a prompt adds to the peak of a process whose session has run a chunk, in bytes.
+_PROMPT = """
+import re, sys
+from pathlib import Path
+from fox_edge.artifact import Artifact
+from runtimes.base import SessionOptions
+from runtimes.onnxruntime import PREFILL_CHUNK, OnnxSession
+
+def peak() -> int:
+    return 1024 * int(re.search(r"VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+
+session = OnnxSession(Artifact.open(Path(sys.argv[1])), SessionOptions(threads=1))
+session.prefill([1] * PREFILL_CHUNK)
+before = peak()
+session.prefill([2] * 3800)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_long_prompt_takes_no_more_than_a_chunk(tiny: Checkpoint, tmp_path: Path) -> None:
+    """3,800 tokens at once would hold several times (3,800 x 4,096) float32, 62 MB each."""
+    config = dataclasses.replace(TINY, intermediate_size=2048, num_layers=1, max_positions=4096)
+    write_checkpoint(tmp_path / "in", config, random_tensors(config).items(), tiny.tokenizer_files())
+    artifact = export_onnx(Checkpoint.open(tmp_path / "in"), tmp_path / "out", find_recipe(ONNX, "float32"))
+    measured = subprocess.run(
+        [sys.executable, "-c", _PROMPT, str(artifact.path)], capture_output=True, text=True, check=True
+    )
+    cache = 3800 * config.kv_bytes_per_token * 2
+    assert int(measured.stdout) < cache + 20_000_000
