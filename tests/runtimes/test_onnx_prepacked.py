@@ -202,6 +202,19 @@ def test_only_what_is_abandoned_is_removed(artifact: Artifact) -> None:
     assert {"packed-new.partial", "kv-scales"} < names and len(names) == 3
 
 
+@pytest.mark.parametrize("order", [("float32", "int8"), ("int8", "float32")])
+def test_one_cache_serves_both_kv_caches(
+    order: tuple[str, str], artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = {kv: logits(artifact, cache=False, kv=kv) for kv in order}
+    np.testing.assert_array_equal(logits(artifact, kv=order[0]), want[order[0]])
+    made = kept(artifact)
+    assert "of weights packed" in capsys.readouterr().err
+    for kv in order:
+        np.testing.assert_array_equal(logits(artifact, kv=kv), want[kv])
+    assert kept(artifact) == made and not capsys.readouterr().err
+
+
 def test_without_a_place_to_write(artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     want = logits(artifact, cache=False)
     (artifact.path / FOLDER).write_text("in the way")
