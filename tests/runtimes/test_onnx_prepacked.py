@@ -83,6 +83,16 @@ def test_the_artifact_does_not_know(artifact: Artifact) -> None:
     assert Artifact.open(artifact.path).manifest == artifact.manifest
 
 
+def test_a_replaced_artifact_starts_anew(artifact: Artifact, exported: Artifact) -> None:
+    logits(artifact)
+    source, recipe = Checkpoint.open(exported.path.parent / "in"), find_recipe(ONNX, "q8s64")
+    other = export_onnx(source, artifact.path, recipe, replace=True)
+    assert not (artifact.path / FOLDER).exists()
+    want = logits(other, cache=False)
+    np.testing.assert_array_equal(logits(other), want)
+    np.testing.assert_array_equal(logits(other), want)
+
+
 def test_the_packed_bytes_are_what_runs(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that the others test something: with no check of any kind, damage changes the logits."""
     want = logits(artifact)
