@@ -68,7 +68,15 @@ class Goal:
             and (self.limit is None or ours <= self.limit)
         )
         bounds = {"at_most": self.at_most, "at_least": self.at_least, "limit": self.limit}
-        return {"what": self.what, "ours": ours, "peer": peers, "ratio": ratio, **bounds, "reached": reached}
+        return {
+            "what": self.what,
+            "figure": self.figure,
+            "ours": ours,
+            "peer": peers,
+            "ratio": ratio,
+            **bounds,
+            "reached": reached,
+        }
 
 
 def _run_name(workload: Workload, kv: str | None = None) -> str:

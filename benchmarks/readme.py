@@ -1,6 +1,6 @@
-"""The README's tables, made from the results files, so that no number in it is typed by hand.
+"""The tables of the README and the docs, made from the results files: no number in them is typed by hand.
 
-    python -m benchmarks.readme        rewrites the tables of README.md; a test checks that nothing changes
+    python -m benchmarks.readme        rewrites the tables of all pages; a test checks that nothing changes
 
 A table stands between `<!-- NAME table: FILE -->` and `<!-- end -->`.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -111,10 +112,73 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
     return _markdown(("model", "right", "95 % interval", "p, paired with the first"), rows)
 
 
+def rounding_table(results: Mapping[str, Any]) -> str:
+    """The embedded model by every way of rounding: bytes and what is left of it."""
+    rows = []
+    for row in results["rows"]:
+        exact = row.get("float32_activations")
+        rows.append(
+            [
+                _peer(row["artifact"]),
+                row.get("rounding") or "",
+                f"{row['weight_bytes'] / 1e6:.2f}",
+                f"{row['mean_kl_nats']:.4f}",
+                f"{row['top1_agreement_percent']:.1f}",
+                f"{exact['mean_kl_nats']:.4f}" if exact else "",
+                f"{row['flipped_percent']:.1f}" if exact else "",
+            ]
+        )
+    head = (
+        *("nano as", "rounding", "weights, MB", "mean KL, nats", "top-1, %"),
+        *("mean KL with float32 activations", "tokens that int8 activations change, %"),
+    )
+    pairs = [
+        [row["ours"], _peer(row["peer"]), f"{row['bytes']:.2f}", f"{row['mean_kl']:.2f}"]
+        for row in results["ratios"]
+    ]
+    pair_head = ("ours", "over", "bytes", "mean KL")
+    machine = results["machine"] | {"versions": results["machine"]["versions"] | results["peers"]}
+    return "\n\n".join([_markdown(head, rows), _markdown(pair_head, pairs), _machine(machine)])
+
+
+def _peer(name: str) -> str:
+    """A peer's row says who it is."""
+    return name.replace("genai-", "onnxruntime-genai ")
+
+
+def onnx_shape_table(results: Mapping[str, Any]) -> str:
+    """Every goal at Fox-1's shape: ours, the peer's, and what was to be reached."""
+    rows = []
+    for goal in results["goals"]:
+        bounds = {
+            "at_most": f"at most {goal['at_most']} x",
+            "at_least": f"at least {goal['at_least']} x",
+            "limit": f"at most {_figure(goal['figure'], goal['limit'] or 0)}",
+        }
+        asked = [text for key, text in bounds.items() if goal[key] is not None]
+        verdict = ("reached" if goal["reached"] else "**missed**") if asked else ""
+        ours, peer = (_figure(goal["figure"], goal[key]) for key in ("ours", "peer"))
+        rows.append([goal["what"], ours, peer, f"{goal['ratio']:.2f}", ", ".join(asked), verdict])
+    machine = results["machine"] | {"versions": results["machine"]["versions"] | results["peers"]}
+    head = ("int4, Fox-1's shape", "ours", "onnxruntime-genai", "ratio", "to reach", "")
+    return f"{_markdown(head, rows)}\n\n{_machine(machine)}"
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure in the unit that its name ends in."""
+    if name.endswith("_bytes"):
+        return f"{_mb(value)} MB"
+    if name == "seconds":
+        return f"{value:.1f} s"
+    return f"{value:.1f}" if name.endswith("_per_s") else f"{value:.2f} s"
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
     "full-shape": full_shape_table,
+    "rounding": rounding_table,
+    "onnx-shape": onnx_shape_table,
 }
 
 
@@ -140,4 +204,5 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

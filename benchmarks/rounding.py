@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fidelity import Fidelity, compare
+from benchmarks.full_shape import peer_versions
 from benchmarks.gsm8k import read_split
 from benchmarks.machine import machine
 from benchmarks.reference import ReferenceScorer
@@ -135,8 +136,13 @@ def peer_export(work: Path, checkpoint: Checkpoint, python: str, name: str, opti
     ]
     command += ["-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
     command += ["--extra_options", "shared_embeddings=true", *options]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **quiet)
+    subprocess.run(
+        command,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     return target
 
 
@@ -186,6 +192,7 @@ def main() -> None:
     results = {
         "command": "python -m benchmarks.rounding " + " ".join(Path(a).name for a in sys.argv[1:]),
         "machine": machine(),
+        "peers": peer_versions(args.genai) if args.genai else {},
         "positions": WINDOWS * WINDOW,
         "rows": rows,
         "ratios": ratios(rows),

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from benchmarks.readme import README, ROOT, with_tables
+from benchmarks.readme import PAGES, README, ROOT, with_tables
 from fox_edge import cli
 
 TEXT = README.read_text(encoding="utf-8")
@@ -42,7 +42,9 @@ def test_ci_runs_the_readmes_own_test_command() -> None:
 
 def test_tables_come_from_the_results_files() -> None:
     assert "<!-- demo table: " in TEXT and "<!-- full-shape table: " in TEXT
-    assert with_tables(TEXT) == TEXT
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert with_tables(text) == text, page
 
 
 def tree_paths() -> list[str]:
