@@ -54,8 +54,12 @@ def test_an_error_is_made_good_by_a_twin_column() -> None:
     guide = Compensation.of(gram(x), damping=1e-4)
     assert guide.order[:2].tolist() == [0, 1]
     guide = guide._replace(importance=torch.tensor([1e-6, 1e-6, 1.0] + [0.0] * 13))  # the step stays 1
+    got = quantize_compensated(row, type_, guide)
+    restored = dequantize(got, type_)[0]
     assert dequantize(quantize(row, type_), type_)[0, :3].tolist() == [3, 2, 8]
-    assert dequantize(quantize_compensated(row, type_, guide), type_)[0, :3].tolist() == [3, 3, 8]
+    assert unpack(got.packed, 4)[0, 0, :3].tolist() == [8 - 3, 8 - 3, 0]
+    # Six steps then stand for 5.7, the sum that is read: the scale moves there, since little holds it.
+    assert float(restored[0] + restored[1]) == pytest.approx(5.7, abs=0.02)
 
 
 def by_the_paper(rows: np.ndarray, H: np.ndarray, type_: QuantType, guide: Compensation) -> np.ndarray:
@@ -102,12 +106,30 @@ def test_the_product_with_the_input_changes_less(type_: QuantType) -> None:
     assert searched < nearest and compensated < 0.8 * searched
 
 
+@by_name
+def test_no_other_scales_fit_better(type_: QuantType) -> None:
+    columns = 4 * type_.block_size
+    x, rows = activations(columns, tokens=4000), weights(8, columns)
+    guide = Compensation.of(gram(x))
+    got = quantize_compensated(rows, type_, guide)
+
+    def losses(scales: torch.Tensor) -> torch.Tensor:
+        difference = dequantize(got._replace(scales=scales), type_) - rows
+        return ((difference @ guide.gram) * difference).sum(-1)
+
+    best = losses(got.scales)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(20):
+        moved = got.scales * (1 + 0.01 * torch.randn(got.scales.shape, generator=generator))
+        assert (losses(moved) > best).all()
+
+
 def test_rows_are_independent() -> None:
     type_ = TYPES[ONNX, "q4a32"]
     rows, guide = weights(50, 64), Compensation.of(gram(activations(64)))
     whole, part = quantize_compensated(rows, type_, guide), quantize_compensated(rows[20:30], type_, guide)
-    for one, other in zip(whole, part, strict=True):
-        assert torch.equal(one[20:30], other)
+    assert torch.equal(whole.packed[20:30], part.packed)
+    torch.testing.assert_close(whole.scales[20:30], part.scales)
 
 
 @pytest.mark.parametrize("kind", ["silent", "dead columns", "one token"])
