@@ -1,12 +1,12 @@
-"""The figures at Fox-1's exact shape: exports and runs, ours beside the peers, in one go.
+"""GGUF at Fox-1's exact shape: exports and runs, ours beside llama.cpp's, in one go.
 
-    python -m benchmarks.full_shape WORK --results FILE.json [--llama-cpp SOURCE BUILD] [--genai PYTHON]
+    python -m benchmarks.full_shape WORK --results FILE.json [--llama-cpp SOURCE BUILD]
 
 WORK is a scratch folder with about 20 GB free. The checkpoint is random (`fox-edge new`), so this page
 says what an export costs and how fast it runs, not what it knows. Peers are measured when they are given:
-llama.cpp's source folder (convert_hf_to_gguf.py) and build folder (llama-quantize, llama-bench), and a
-Python that has onnxruntime-genai. Every command is a fresh process; the peer's run follows ours at once,
-so that a drifting machine drifts for both. Runs for minutes; not part of the tests.
+llama.cpp's source folder (convert_hf_to_gguf.py) and build folder (llama-quantize, llama-bench). Every
+command is a fresh process; the peer's run follows ours at once, so that a drifting machine drifts for both.
+Runs for minutes; not part of the tests. (ONNX at this shape is onnx_shape.py's.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from benchmarks.machine import machine
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
-EXPORTS = (("gguf", "int4"), ("gguf", "int8"), ("onnx", "int4"), ("onnx", "int8"))
+EXPORTS = (("gguf", "int4"), ("gguf", "int8"))
 PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
 _SAMPLE_S = 0.02
 
@@ -91,7 +90,7 @@ def fox_edge(*arguments: object) -> dict[str, Any]:
 
 
 def our_exports(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
-    """Export the four presets; each row is `fox-edge export --json`'s."""
+    """Export both presets; each row is `fox-edge export --json`'s."""
     rows = []
     for format, quant in EXPORTS:
         target = work / f"{format}-{quant}"
@@ -136,55 +135,7 @@ def llama_cpp_exports(checkpoint: Path, work: Path, source: Path, build: Path) -
     return rows
 
 
-def genai_export(checkpoint: Path, work: Path, python: str) -> dict[str, Any]:
-    """onnxruntime-genai's builder: int4 on CPU, shared embeddings, pruned head."""
-    target = work / "peer-genai"
-    shutil.rmtree(target, ignore_errors=True)
-    cost = run(
-        [
-            *(python, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", target),
-            *("-p", "int4", "-e", "cpu", "-c", work / "genai-cache"),
-            *("--extra_options", "shared_embeddings=true", "prune_lm_head=true"),
-        ],
-        env={"HF_HUB_OFFLINE": "1"},
-    )
-    return {
-        "who": "onnxruntime-genai",
-        "artifact": target.name,
-        "quant": "int4",
-        "seconds": cost.seconds,
-        "peak_rss_bytes": cost.peak_rss_bytes,
-        "peak_anonymous_bytes": cost.peak_anonymous_bytes,
-        "bytes": sum(p.stat().st_size for p in target.iterdir()),
-    }
-
-
 # --- runs ----------------------------------------------------------------------------------------------
-
-# Their generator, as their own examples drive it. Prints one JSON object.
-_GENAI_RUN = """
-import json, sys, time
-import onnxruntime_genai as og
-folder, prompt, decode, context = sys.argv[1], *map(int, sys.argv[2:5])
-start = time.perf_counter()
-model = og.Model(folder)
-load = time.perf_counter() - start
-prompts, decodes = [], []
-for repeat in range(2):
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=context, min_length=context, do_sample=False)
-    generator = og.Generator(model, parameters)
-    start = time.perf_counter()
-    generator.append_tokens([5 + i % 4000 for i in range(prompt)])
-    generator.generate_next_token()
-    prompts.append(prompt / (time.perf_counter() - start))
-    start = time.perf_counter()
-    for _ in range(decode):
-        generator.generate_next_token()
-    decodes.append(decode / (time.perf_counter() - start))
-print(json.dumps({"load_s": load, "prompt_tokens_per_s": prompts[-1], "decode_tokens_per_s": decodes[-1]}))
-"""
-
 
 _REFERENCE_LOAD = """
 import json, sys, time
@@ -209,12 +160,6 @@ def reference_load(checkpoint: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run([sys.executable, "-c", _REFERENCE_LOAD, checkpoint]).stdout)
     found["peak_over_weights"] = found["peak_rss_bytes"] / found["weights_bytes"]
     return found
-
-
-def peer_versions(python: str) -> dict[str, str]:
-    """Versions in the peers' own Python (llama.cpp's is the one vendored in our llama-cpp-python)."""
-    program = "import importlib.metadata as m; print(m.version('onnxruntime-genai'))"
-    return {"onnxruntime-genai": run([python, "-c", program]).stdout.strip()}
 
 
 def our_runs(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -242,19 +187,6 @@ def llama_bench(file: Path, build: Path) -> dict[str, Any]:
     }
 
 
-def genai_run(
-    folder: Path,
-    python: str,
-    prompt_tokens: int = PROMPT_TOKENS,
-    decode_tokens: int = DECODE_TOKENS,
-    context: int = CONTEXT,
-) -> dict[str, Any]:
-    """One round of onnxruntime-genai's own generator."""
-    cost = run([python, "-c", _GENAI_RUN, folder, str(prompt_tokens), str(decode_tokens), str(context)])
-    memory = {"peak_rss_bytes": cost.peak_rss_bytes, "peak_anonymous_bytes": cost.peak_anonymous_bytes}
-    return {"who": "onnxruntime-genai", "artifact": folder.name, **json.loads(cost.stdout), **memory}
-
-
 def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Rows of several rounds -> one row per artifact with the median of every number."""
     merged = []
@@ -271,11 +203,6 @@ def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 _RATIOS = (
     ("GGUF int4 export, wall", "exports", "seconds", "gguf-int4", "peer-Q4_K_M.gguf"),
     ("GGUF int8 export, wall", "exports", "seconds", "gguf-int8", "peer-Q8_0.gguf"),
-    ("ONNX int4 export, wall", "exports", "seconds", "onnx-int4", "peer-genai"),
-    ("ONNX int4 export, peak RSS", "exports", "peak_rss_bytes", "onnx-int4", "peer-genai"),
-    ("ONNX int4, prompt tok/s", "runs", "prompt_tokens_per_s", "onnx-int4", "peer-genai"),
-    ("ONNX int4, decode tok/s", "runs", "decode_tokens_per_s", "onnx-int4", "peer-genai"),
-    ("ONNX int4, peak RSS while running", "runs", "peak_rss_bytes", "onnx-int4", "peer-genai"),
     (
         "GGUF int4, decode tok/s, same file",
         "runs",
@@ -316,7 +243,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", type=Path, nargs=2, metavar=("SOURCE", "BUILD"))
-    parser.add_argument("--genai", metavar="PYTHON")
     args = parser.parse_args()
     work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
@@ -341,10 +267,6 @@ def main() -> None:
     if args.llama_cpp:
         results["exports"] += llama_cpp_exports(checkpoint, work, *args.llama_cpp)
         save()
-    if args.genai:
-        results["exports"].append(genai_export(checkpoint, work, args.genai))
-        save()
-    results["peers"] = peer_versions(args.genai) if args.genai else {}
     rounds = []
     for _ in range(args.rounds):
         rows = our_runs(work, [f"{format}-{quant}" for format, quant in EXPORTS])
@@ -352,8 +274,6 @@ def main() -> None:
             # The same file that ours runs, and the peer's own.
             files = [*sorted(work.glob("gguf-int*/*.gguf")), *sorted(work.glob("peer-Q*.gguf"))]
             rows += [llama_bench(file, args.llama_cpp[1]) for file in files]
-        if args.genai:
-            rows.append(genai_run(work / "peer-genai", args.genai))
         rounds.append(rows)
         results["runs"] = medians(rounds)
         results["ratios"] = ratios(results, rounds)

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_shape import fox_edge, genai_export, genai_run, medians, peer_versions
+from benchmarks.full_shape import fox_edge, medians, run
 from benchmarks.machine import machine
 
+_COMMAND = "python -m benchmarks.onnx_shape WORK --results FILE.json --genai PYTHON"
 OURS = "onnx-int4-compensated"
 PEER = "peer-genai"
 
@@ -113,6 +114,75 @@ GOALS = (
 )
 
 
+def genai_export(checkpoint: Path, work: Path, python: str) -> dict[str, Any]:
+    """onnxruntime-genai's builder: int4 on CPU, shared embeddings, pruned head."""
+    target = work / "peer-genai"
+    shutil.rmtree(target, ignore_errors=True)
+    cost = run(
+        [
+            *(python, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", target),
+            *("-p", "int4", "-e", "cpu", "-c", work / "genai-cache"),
+            *("--extra_options", "shared_embeddings=true", "prune_lm_head=true"),
+        ],
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    return {
+        "who": "onnxruntime-genai",
+        "artifact": target.name,
+        "quant": "int4",
+        "seconds": cost.seconds,
+        "peak_rss_bytes": cost.peak_rss_bytes,
+        "peak_anonymous_bytes": cost.peak_anonymous_bytes,
+        "bytes": sum(p.stat().st_size for p in target.iterdir()),
+    }
+
+
+# Their generator, as their own examples drive it. Prints one JSON object.
+_GENAI_RUN = """
+import json, sys, time
+import onnxruntime_genai as og
+folder, prompt, decode, context = sys.argv[1], *map(int, sys.argv[2:5])
+start = time.perf_counter()
+model = og.Model(folder)
+load = time.perf_counter() - start
+prompts, decodes = [], []
+for repeat in range(2):
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=context, min_length=context, do_sample=False)
+    generator = og.Generator(model, parameters)
+    start = time.perf_counter()
+    generator.append_tokens([5 + i % 4000 for i in range(prompt)])
+    generator.generate_next_token()
+    prompts.append(prompt / (time.perf_counter() - start))
+    start = time.perf_counter()
+    for _ in range(decode):
+        generator.generate_next_token()
+    decodes.append(decode / (time.perf_counter() - start))
+print(json.dumps({"load_s": load, "prompt_tokens_per_s": prompts[-1], "decode_tokens_per_s": decodes[-1]}))
+"""
+
+
+def genai_run(folder: Path, python: str, workload: Workload) -> dict[str, Any]:
+    """One round of onnxruntime-genai's own generator."""
+    cost = run(
+        [python, "-c", _GENAI_RUN, folder, *map(str, (workload.prompt, workload.decode, workload.context))]
+    )
+    memory = {"peak_rss_bytes": cost.peak_rss_bytes, "peak_anonymous_bytes": cost.peak_anonymous_bytes}
+    return {
+        "who": "onnxruntime-genai",
+        "artifact": folder.name,
+        "run": workload.name,
+        **json.loads(cost.stdout),
+        **memory,
+    }
+
+
+def peer_versions(python: str) -> dict[str, str]:
+    """Versions in the peer's own Python."""
+    program = "import importlib.metadata as m; print(m.version('onnxruntime-genai'))"
+    return {"onnxruntime-genai": run([python, "-c", program]).stdout.strip()}
+
+
 def our_exports(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
     """int4 by each way of rounding; each row is `fox-edge export --json`'s."""
     rows = []
@@ -140,26 +210,30 @@ def one_round(work: Path, python: str) -> list[dict[str, Any]]:
     rows = []
     for workload in (SHORT, LONG):
         rows.append(our_run(work / OURS, workload))
-        peer = genai_run(work / PEER, python, workload.prompt, workload.decode, workload.context)
-        rows.append(peer | {"run": workload.name})
+        rows.append(genai_run(work / PEER, python, workload))
     rows.append(our_run(work / OURS, LONG, "int8"))
     return rows
 
 
-def reached(exports: list[dict[str, Any]], rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Every goal that both sides were measured for, from the exports or over the rounds."""
+def reached(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every goal that both sides were measured for, over the rounds (the exports are one round)."""
     found = []
     for goal in GOALS:
         pairs = []
-        for rows in [exports] if goal.section == "exports" else rounds:
-            key = "artifact" if goal.section == "exports" else "run"
-            ours = [row for row in rows if row["who"] == "fox-edge" and row[key] == goal.ours]
-            peers = [row for row in rows if row["who"] != "fox-edge" and row[key] == goal.peers]
+        for rows in rounds:
+            ours = [row for row in rows if row["who"] == "fox-edge" and _name(row) == goal.ours]
+            peers = [row for row in rows if row["who"] != "fox-edge" and _name(row) == goal.peers]
             if ours and peers:
                 pairs.append((ours[0][goal.figure], peers[0][goal.figure]))
         if pairs:
             found.append(goal.row(pairs))
     return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    """What a goal calls a row: a run by its workload, an export by its folder."""
+    name: str = row.get("run", row["artifact"])
+    return name
 
 
 def main() -> None:
@@ -171,27 +245,38 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--genai", metavar="PYTHON", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--part", choices=("exports", "runs"), help="only this; FILE.json keeps the other")
     args = parser.parse_args()
     work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
         fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
-    results: dict[str, Any] = {
-        "command": "python -m benchmarks.onnx_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
-        "machine": machine(),
-        "peers": peer_versions(args.genai),
-        "exports": [*our_exports(checkpoint, work), genai_export(checkpoint, work, args.genai)],
-    }
-    rounds: list[list[dict[str, Any]]] = []
-    # The first start packs and writes; it is looked at, but it is no round.
-    results["first_start"] = our_run(work / OURS, SHORT)
-    for _ in range(args.rounds):
-        rounds.append(one_round(work, args.genai))
-        results["runs"] = medians(rounds)
-        results["goals"] = reached(results["exports"], rounds)
+    results: dict[str, Any] = {}
+    if args.part:
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+    results |= {"command": _COMMAND, "machine": machine(), "peers": peer_versions(args.genai)}
+
+    def save(part: str, rows: list[dict[str, Any]], rounds: list[list[dict[str, Any]]]) -> None:
+        kept = [goal for goal in results.get("goals", ()) if goal["section"] != part]
+        results.update({part: rows, "goals": sorted(kept + reached(rounds), key=_place)})
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    if args.part != "runs":
+        exports = [*our_exports(checkpoint, work), genai_export(checkpoint, work, args.genai)]
+        save("exports", exports, [exports])
+    if args.part != "exports":
+        # The first start packs and writes; it is looked at, but it is no round.
+        results["first_start"] = our_run(work / OURS, SHORT)
+        rounds: list[list[dict[str, Any]]] = []
+        for _ in range(args.rounds):
+            rounds.append(one_round(work, args.genai))
+            save("runs", medians(rounds), rounds)
+
+
+def _place(goal: dict[str, Any]) -> int:
+    return [known.what for known in GOALS].index(goal["what"])
 
 
 if __name__ == "__main__":

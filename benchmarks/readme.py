@@ -94,8 +94,7 @@ def full_shape_table(results: Mapping[str, Any]) -> str:
     )
     ratios = [[row["what"], f"{row['ratio']:.2f}"] for row in results["ratios"]]
     tables = [(export_head, exports), (run_head, runs), (("ours over the peer's, same run", "ratio"), ratios)]
-    machine = results["machine"] | {"versions": results["machine"]["versions"] | results["peers"]}
-    return "\n\n".join([*(_markdown(head, rows) for head, rows in tables), _machine(machine)])
+    return "\n\n".join([*(_markdown(head, rows) for head, rows in tables), _machine(results["machine"])])
 
 
 def accuracy_table(results: Mapping[str, Any]) -> str:

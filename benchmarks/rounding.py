@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fidelity import Fidelity, compare
-from benchmarks.full_shape import peer_versions
 from benchmarks.gsm8k import read_split
 from benchmarks.machine import machine
+from benchmarks.onnx_shape import peer_versions
 from benchmarks.reference import ReferenceScorer
 from benchmarks.subject import Subject, open_subject
 from fox_edge.checkpoint import Checkpoint

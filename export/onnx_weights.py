@@ -168,8 +168,12 @@ class _Work:
             _write(self.handle, place, 0, self.checkpoint.float_rows(name).reshape(-1))
             self._tell(name)
 
-    def _start(self, name: str, guide: Guide, wanted: Tensor | None = None) -> list[Future[Tensor]]:
-        """Queue a matrix's rows; each task returns those of its rounded rows that are wanted."""
+    def _start(self, name: str, guide: Guide, wanted: Tensor | None = None) -> list[Future[Tensor | None]]:
+        """Queue a matrix's rows; each task returns those of its rounded rows that are wanted.
+
+        Nothing, not even an empty tensor, when none are: thousands of small results between large temporaries
+        would scatter the heap until it has the size of the matrix.
+        """
         matrix = self.layout.matrix_of(name)
         rows, columns = self.checkpoint.shapes()[name]
         step = max(1, TASK_WEIGHTS // columns)
@@ -180,11 +184,13 @@ class _Work:
             for start in range(0, rows, step)
         ]
 
-    def _finish(self, name: str, tasks: list[Future[Tensor]]) -> list[Tensor]:
+    def _finish(self, name: str, tasks: list[Future[Tensor | None]]) -> list[Tensor]:
         """Wait for a matrix; the results in the order of its rows."""
         found = []
         for n, task in enumerate(tasks):
-            found.append(task.result())
+            rows = task.result()
+            if rows is not None:
+                found.append(rows)
             if n % _RELEASE_TASKS == 0:
                 self.checkpoint.release(name)
         self._tell(name)
@@ -203,17 +209,17 @@ class _Work:
 
     def _task(
         self, name: str, matrix: Matrix, start: int, stop: int, guide: Guide, wanted: Tensor | None
-    ) -> Tensor:
-        """Read, round and write rows [start, stop); returns the wanted ones among them."""
+    ) -> Tensor | None:
+        """Read, round and write rows [start, stop); returns the wanted ones among them, if any are."""
         with torch.inference_mode():
             rows = self.checkpoint.float_rows(name, start, stop)
-            keep = slice(0, 0)
+            keep = None
             if wanted is not None:
                 keep = wanted[(wanted >= start) & (wanted < stop)] - start
             first = matrix.first_row(name) + start
             if matrix.scales is None:
                 _write(self.handle, matrix.weight, first, rows)
-                return rows[keep]
+                return rows[keep] if keep is not None and len(keep) else None
             columns = self.column_scales.get(name)
             blocks = _quantize(rows if columns is None else rows / columns, matrix.type, guide)
             _write(self.handle, matrix.weight, first, blocks.packed)
@@ -221,6 +227,8 @@ class _Work:
             points = blocks.zero_points
             if matrix.zero_points is not None and points is not None:
                 _write(self.handle, matrix.zero_points, first, points)
+            if keep is None or not len(keep):
+                return None
             kept = Blocks(blocks.packed[keep], blocks.scales[keep], None if points is None else points[keep])
             restored = dequantize(kept, matrix.type)
             return restored if columns is None else restored * columns

@@ -32,7 +32,7 @@ EXIT_OK, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return int(args.run(args) or EXIT_OK)
     except FoxEdgeError as error:
@@ -254,6 +254,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: {message} (see {self.prog} --help)")
         raise SystemExit(EXIT_MISTAKE)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; a mistake ends the process with one line."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # Argparse gives up on an optional last word once options have come before it.
+    if args.verb == "chat" and args.question is None and len(rest) == 1 and not rest[0].startswith("-"):
+        args.question = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

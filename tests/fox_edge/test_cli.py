@@ -106,6 +106,17 @@ def test_chat_answers_one_question(artifact: Path, capsys: pytest.CaptureFixture
     assert again[1] == out
 
 
+def test_the_question_may_come_last(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(capsys, "chat", artifact, "hello world", "--max-tokens", "4")
+    last = run(capsys, "chat", artifact, "--max-tokens", "4", "hello world")
+    assert last[:2] == first[:2] and first[0] == 0
+    for words in (("hello", "world"), ("--nonsense",)):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["chat", str(artifact), "--max-tokens", "4", *words])
+        assert exit.value.code == 2
+        assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+
+
 def test_a_whole_conversation(artifact: Path) -> None:
     """A transcript through the real process: two questions, a command, the end of the input."""
     command = [sys.executable, "-m", "fox_edge.cli", "chat", str(artifact), "--max-tokens", "3"]

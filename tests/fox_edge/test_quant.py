@@ -261,5 +261,5 @@ def test_a_recipe_says_how_to_round(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="rounding is 'up', but must be nearest or search or compensated"):
         read_recipe(path, ONNX)
     path.write_text('default = "q4_k"\nrounding = "search"\n')
-    with pytest.raises(RecipeError, match="'search', but .* for ONNX, and is always nearest for gguf"):
+    with pytest.raises(RecipeError, match=r"'search', but .* for ONNX, and is always nearest for gguf"):
         read_recipe(path, GGUF)
