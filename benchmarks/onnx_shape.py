@@ -72,6 +72,7 @@ class Goal:
         bounds = {"at_most": self.at_most, "at_least": self.at_least, "limit": self.limit}
         return {
             "what": self.what,
+            "section": self.section,
             "figure": self.figure,
             "ours": ours,
             "peer": peers,

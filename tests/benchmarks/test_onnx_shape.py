@@ -23,7 +23,7 @@ def test_medians_are_of_the_rounds_own_ratios() -> None:
     ]
     found = reached(rounds)[0]
     assert found["ratio"] == 3 and (found["ours"], found["peer"]) == (250, 50)
-    assert found["what"] == "prompt of 234, tok/s" and found["reached"]
+    assert found["what"] == "prompt of 234, tok/s" and found["section"] == "runs" and found["reached"]
 
 
 def test_exports_are_measured_once() -> None:
