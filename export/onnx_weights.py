@@ -95,7 +95,7 @@ class _Work:
         }
 
     def nearest(self, guides: dict[str, Tensor] | None = None) -> None:
-        """All tensors in the order of the file; a few matrices are always under way."""
+        """All tensors in the order of the file; with guides, narrow matrices on grids searched by them."""
         with one_torch_thread():
             self._vectors()
             for name in self._matrix_names():
