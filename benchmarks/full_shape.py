@@ -86,6 +86,21 @@ def fox_edge(*arguments: object) -> dict[str, Any]:
     return result
 
 
+def random_checkpoint(work: Path) -> Path:
+    """The checkpoint of Fox-1's shape in a scratch folder; made when it is not there."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = work / "checkpoint"
+    if not checkpoint.exists():
+        fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
+    return checkpoint
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """A results file as it is committed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 # --- exports -------------------------------------------------------------------------------------------
 
 
@@ -245,10 +260,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, nargs=2, metavar=("SOURCE", "BUILD"))
     args = parser.parse_args()
     work: Path = args.work
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint"
-    if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
+    checkpoint = random_checkpoint(work)
     results: dict[str, Any] = {
         "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
         "machine": machine(),
@@ -260,8 +272,7 @@ def main() -> None:
     }
 
     def save() -> None:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(args.results, results)
 
     save()
     if args.llama_cpp:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_shape import fox_edge, medians, run
+from benchmarks.full_shape import fox_edge, medians, random_checkpoint, run, write_results
 from benchmarks.machine import machine
 
 _COMMAND = "python -m benchmarks.onnx_shape WORK --results FILE.json --genai PYTHON"
@@ -252,10 +252,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("exports", "runs"), help="only this; FILE.json keeps the other")
     args = parser.parse_args()
     work: Path = args.work
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint"
-    if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
+    checkpoint = random_checkpoint(work)
     results: dict[str, Any] = {}
     if args.part:
         results = json.loads(args.results.read_text(encoding="utf-8"))
@@ -264,8 +261,7 @@ def main() -> None:
     def save(part: str, rows: list[dict[str, Any]], rounds: list[list[dict[str, Any]]]) -> None:
         kept = [goal for goal in results.get("goals", ()) if goal["section"] != part]
         results.update({part: rows, "goals": sorted(kept + reached(rounds), key=_place)})
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(args.results, results)
 
     if args.part != "runs":
         exports = [*our_exports(checkpoint, work), genai_export(checkpoint, work, args.genai)]

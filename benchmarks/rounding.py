@@ -12,7 +12,6 @@ float32 activations, and how often the two choose different tokens. Runs for a f
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fidelity import Fidelity, compare
+from benchmarks.full_shape import write_results
 from benchmarks.gsm8k import read_split
 from benchmarks.machine import machine
 from benchmarks.onnx_shape import peer_versions
@@ -197,8 +197,7 @@ def main() -> None:
         "rows": rows,
         "ratios": ratios(rows),
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.results, results)
 
 
 if __name__ == "__main__":

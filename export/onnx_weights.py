@@ -90,9 +90,7 @@ class _Work:
             for name in checkpoint.shapes()
         }
         self.done, self.total = 0, sum(self.bytes.values())
-        self.column_scales = {
-            name: column_scales(checkpoint, name) for name, place in layout.column_scales.items()
-        }
+        self.column_scales = {name: column_scales(checkpoint, name) for name in layout.column_scales}
 
     def nearest(self, guides: dict[str, Tensor] | None = None) -> None:
         """All tensors in the order of the file; with guides, narrow matrices on grids searched by them."""
