@@ -32,6 +32,10 @@ TOKENIZER_FILES = (
 _MAX_SETTINGS_BYTES = 16 << 20
 # Pieces that end a turn in the chat formats in use; where a vocabulary has them, they stop generation.
 _TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
+# What a template is shown as an answer, to see what it writes after one.
+_SAMPLE_ANSWER = "@@answer@@"
+# Texts that no tokenizer merges with what follows; one of them must do.
+_ANCHORS = ("\n", ".", "0")
 _WELL_KNOWN = {
     "bos": ("<bos>", "<s>", "<|begin_of_text|>"),
     "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
@@ -58,11 +62,11 @@ class Tokenizer:
             | {id for id in ids.values() if id is not None}
         )
         self._splitter = splitter(backend.pieces[id].text for id in self.special_ids)
-        self.stop_ids = self._find_stop_ids()
         template = find_template(folder, settings)
         if template is None:
             self.notes.append(f"{folder.name} has no chat template; Fox's own format is used")
         self._template = ChatTemplate(FOX_TEMPLATE if template is None else template)
+        self.stop_ids = self._find_stop_ids()
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
@@ -125,6 +129,22 @@ class Tokenizer:
                 ids += self._backend.encode(part)
         return ids
 
+    def encode_on(self, text: str) -> list[int]:
+        """Token ids of a text that goes on where another ended: no space prefix before its first stretch.
+
+        Control tokens written in it become their ids.
+        """
+        parts = [text] if self._splitter is None else self._splitter.split(text)
+        return self._without_prefix(parts[0]) + self.encode("".join(parts[1:]), special=True)
+
+    def _without_prefix(self, text: str) -> list[int]:
+        """Ids of plain text, less the space that some tokenizers put before it."""
+        for anchor in _ANCHORS if self.add_space_prefix and text else ():
+            before, both = self.encode(anchor), self.encode(anchor + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of a sequence; bytes that are no UTF-8 become U+FFFD.
 
@@ -157,7 +177,11 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation that asks for an answer; exactly one <bos>, where the model has one."""
-        ids = self.encode(self.render_chat(messages), special=True)
+        return self.encode_rendered(self.render_chat(messages))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` wrote; exactly one <bos>, where the model has one."""
+        ids = self.encode(text, special=True)
         if self.bos_id is None:
             return ids
         start = 0
@@ -188,16 +212,29 @@ class Tokenizer:
         return next((id for id in found if self._backend.pieces[id].kind != "normal"), None)
 
     def _find_stop_ids(self) -> frozenset[int]:
-        """eos, the pieces that end a turn, and generation_config.json's where it can be right."""
+        """eos, pieces that end turns, the template's own, generation_config.json's where it can be right."""
         stops = {self.eos_id, *(self._ids.get(name) for name in _TURN_ENDS)}
         # A published Fox lists <bos> as its end there: only a special token of no other role is believed.
         others = {self.bos_id, self.pad_id, self.unk_id}
+        if (end := self._turn_end()) not in others:
+            stops.add(end)
         stops |= {
             id
             for id in _generation_eos(self._folder)
             if id in self.special_ids and id not in others and self._backend.pieces[id].kind == "control"
         }
         return frozenset(id for id in stops if id is not None)
+
+    def _turn_end(self) -> int | None:
+        """The special token that the chat template puts right after an answer; None where it puts none."""
+        words = [("user", "?"), ("assistant", _SAMPLE_ANSWER), ("user", "?")]
+        try:
+            text = self.render_chat([{"role": role, "content": content} for role, content in words])
+        except TokenizerError:
+            return None  # whoever chats will be told
+        after = text.partition(_SAMPLE_ANSWER)[2].lstrip()
+        found = self._splitter.match(after) if self._splitter is not None else None
+        return self._ids[found[0]] if found else None
 
 
 class StreamDecoder:
@@ -221,6 +258,11 @@ class StreamDecoder:
             data = data.removeprefix(b" ")
             self._strip = False
         return self._decoder.decode(data)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no part of a character is held back."""
+        return not self._decoder.getstate()[0]
 
     def flush(self) -> str:
         """What remains at the end: U+FFFD for a character that never became whole."""

@@ -403,3 +403,45 @@ def test_file_too_large(gemma: Path) -> None:
         file.truncate(300 << 20)
     with pytest.raises(TokenizerError, match=f"{300 << 20} bytes"):
         Tokenizer.from_folder(gemma)
+
+
+@pytest.mark.parametrize("more", [" two three", "two", "\n\ntwo<end_of_turn>\n", "<end_of_turn>two", " ", ""])
+def test_a_text_that_goes_on_gets_no_space_of_its_own(gemma: Path, llama: Path, more: str) -> None:
+    for folder in (gemma, llama):
+        t = Tokenizer.from_folder(folder)
+        start, mark, rest = more.partition("<end_of_turn>")
+        ids, after = t.encode_on(more), t.encode(mark + rest, special=True)
+        split = len(ids) - len(after)
+        assert ids[split:] == after
+        assert b"".join(map(t.piece_bytes, ids[:split])).decode() == start
+
+
+def test_the_template_s_own_end_of_turn_stops(gemma: Path) -> None:
+    """A marker that is in no list of well-known ones, between answer and next question."""
+    added = {
+        "512": {"content": "<|done|>", "special": True},
+        "513": {"content": "<|ask|>", "special": True},
+    }
+    asks = "{% for m in messages %}<|ask|>{{ m['content'] }}"
+    settings(gemma, added_tokens_decoder=added, chat_template=asks + "\n<|done|>{% endfor %}")
+    t = Tokenizer.from_folder(gemma)
+    assert t.stop_ids == {1, 512, t.id_of("<end_of_turn>")}
+    # Where nothing ends an answer, the marker that opens the next turn does; <bos> never.
+    settings(gemma, chat_template=asks + "{% endfor %}")
+    assert 513 in Tokenizer.from_folder(gemma).stop_ids
+    settings(gemma, chat_template=asks + "<bos>{% endfor %}")
+    assert Tokenizer.from_folder(gemma).stop_ids == {1, t.id_of("<end_of_turn>")}
+
+
+def test_foxs_own_format_stops_at_eos(gemma: Path) -> None:
+    t = Tokenizer.from_folder(settings(gemma, chat_template=None))
+    assert t._turn_end() == t.eos_id == 1
+
+
+def test_a_decoder_knows_when_it_holds_a_part_of_a_character_back(gemma: Path) -> None:
+    t = Tokenizer.from_folder(gemma)
+    stream, seen = t.stream(), []
+    for id in t.encode("狐"):  # not in the vocabulary: three byte pieces
+        stream.push(id)
+        seen.append(stream.whole)
+    assert seen[-4:] in ([True, False, False, True], [False, False, True])
