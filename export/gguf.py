@@ -30,11 +30,12 @@ from export.common import (
     write_at,
 )
 from export.ggml import library, quantize
-from export.gguf_header import TensorPlace, pad, stored_name, write_header
+from export.gguf_header import TensorPlace, pad, write_header
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, RecipeError
+from fox_edge.gguf_format import stored_name
 from fox_edge.processors import available_cores
 from fox_edge.quant import GGUF, TYPES, Assignment, Recipe
 

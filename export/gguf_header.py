@@ -6,7 +6,6 @@ tokenizer alone, never from config.json.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from export.common import hub_id, license_of
 from export.ggml import TYPE_NUMBERS
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import MissingPackageError, TokenizerError
-from fox_edge.quant import EMBEDDING, HEAD, Recipe
+from fox_edge.quant import Recipe
 from fox_edge.tokenizer import Piece, Tokenizer
 
 try:
@@ -26,23 +25,6 @@ except ImportError:
     raise MissingPackageError("gguf", "gguf") from None
 
 END_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
-
-_FIXED_NAMES = {
-    EMBEDDING: "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    HEAD: "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 # enum llama_ftype: a hint for people ("mostly ..."); loaders read each tensor's own type.
 _FILE_TYPES = {
@@ -65,16 +47,6 @@ class TensorPlace:
     type: str
     bytes: int
     offset: int
-
-
-def stored_name(name: str) -> str:
-    """llama.cpp's name of a Hugging Face tensor."""
-    if name in _FIXED_NAMES:
-        return _FIXED_NAMES[name]
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    if found is None:
-        raise ValueError(f"{name}: no tensor of the llama architecture")
-    return f"blk.{found[1]}.{_LAYER_NAMES[found[2]]}.weight"
 
 
 def write_header(path: Path, checkpoint: Checkpoint, recipe: Recipe, places: Sequence[TensorPlace]) -> int:

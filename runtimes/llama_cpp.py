@@ -21,7 +21,7 @@ from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
-from runtimes.gguf_file import read_config
+from runtimes.gguf_model import read_config
 
 try:
     import llama_cpp.llama_cpp as lib

@@ -20,10 +20,11 @@ import torch
 
 import export.gguf
 from export.gguf import export_gguf, interleave_heads, model_file_name
-from export.gguf_header import padded_pieces, stored_name
+from export.gguf_header import padded_pieces
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, CheckpointError, RecipeError, TokenizerError, VerificationError
+from fox_edge.gguf_format import stored_name
 from fox_edge.quant import EMBEDDING, GGUF, ONNX, Recipe, find_recipe
 from tests.helpers import TINY, make_checkpoint, write_tokenizer
 

@@ -19,9 +19,10 @@ from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, VerificationError
+from fox_edge.gguf_format import ArrayInfo, read_header
 from fox_edge.quant import EMBEDDING, GGUF, TYPES, find_recipe
 from runtimes.base import ModelFile, open_model_file
-from runtimes.gguf_file import ArrayInfo, GgufFile, read_header
+from runtimes.gguf_file import GgufFile
 from tests.helpers import PROBES, TINY, make_checkpoint, random_tensors
 
 REPOSITORY = Path(__file__).parents[2]
