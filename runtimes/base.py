@@ -67,6 +67,25 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class SharingSession(Session, Protocol):
+    """A session that can open other conversations on the weights that it has loaded.
+
+    The weights are freed when the last of them is closed, whichever that is.
+    """
+
+    def another(self) -> SharingSession:
+        """Another conversation, empty, of the same context, on the same weights."""
+        ...
+
+    def copy_prefix(self, source: SharingSession, length: int) -> None:
+        """Hold the first `length` tokens of a conversation on the same weights, and nothing else.
+
+        They are copied, bit by bit, not computed. Raises FoxEdgeError when the source has fewer tokens.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """What a user may choose when opening a session. None: the runtime's own good default."""
@@ -77,6 +96,8 @@ class SessionOptions:
     kv: str | None = None
     # ONNX only: 1 computes products in float32, 4 (what exports ask for) on activations rounded to int8.
     accuracy_level: int | None = None
+    # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
+    conversations: int = 1
     # Whether a runtime may keep files beside the artifact that make the next start faster.
     cache: bool = True
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from runtimes.base import Session
-from runtimes.generate import GREEDY, Generation, Sampling, generate
+from runtimes.base import Session, SharingSession
+from runtimes.generate import GREEDY, Constraint, Generation, Sampling, generate
 
 
 class PrefixCache:
@@ -34,26 +34,49 @@ class PrefixCache:
         stop_ids: Collection[int] = (),
         max_tokens: int | None = None,
         rng: np.random.Generator | None = None,
+        *,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> Generation:
         """Go on from `prompt`, a whole text; see `generate`. The generation before it must be done with.
 
         Raises ContextOverflowError when the prompt does not fit.
         """
-        # At least one token must be run: logits come from running, not from the cache.
-        shared = max(0, min(_common_prefix(self._held(), prompt), len(prompt) - 1))
+        shared = self.shared(prompt)
         self.session.truncate(shared)
         self._prompt, self._generation = list(prompt[:shared]), None
-        generation = generate(self.session, prompt[shared:], sampling, stop_ids, max_tokens, rng)
+        generation = generate(
+            self.session,
+            prompt[shared:],
+            sampling,
+            stop_ids,
+            max_tokens,
+            rng,
+            constraint=constraint,
+            logprobs=logprobs,
+            history=prompt[:shared],
+        )
         self._prompt, self._generation = list(prompt), generation
         self.prompt_tokens, self.reused_tokens = len(prompt), shared
         return generation
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many leading tokens of a prompt need no run; at least one must: logits come from running."""
+        return max(0, min(_common_prefix(self.held(), prompt), len(prompt) - 1))
+
+    def adopt(self, other: PrefixCache, length: int) -> None:
+        """Hold the first `length` tokens that another cache holds, copied; both sessions share one model."""
+        assert isinstance(self.session, SharingSession) and isinstance(other.session, SharingSession)
+        tokens = other.held()[:length]
+        self.session.copy_prefix(other.session, len(tokens))
+        self._prompt, self._generation = tokens, None
 
     def reset(self) -> None:
         """Empty the cache."""
         self.session.reset()
         self._prompt, self._generation = [], None
 
-    def _held(self) -> list[int]:
+    def held(self) -> list[int]:
         """The tokens in the cache: a generation may have been left at any point."""
         made = self._generation.tokens if self._generation is not None else []
         return (self._prompt + made)[: self.session.length]

@@ -7,7 +7,7 @@ import pytest
 
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from runtimes.base import Session
-from runtimes.generate import Sampling, generate, pick
+from runtimes.generate import Picker, Sampling, generate, logprobs_of, penalize, pick
 
 
 class ScriptedSession:
@@ -127,6 +127,10 @@ def test_logits_that_are_not_numbers_are_named(bad):
         {"top_p": 1.1},
         {"min_p": 2},
         {"seed": -1},
+        {"top_k": -1},
+        {"repeat_penalty": 0},
+        {"repeat_penalty": math.inf},
+        {"repeat_window": -1},
     ],
 )
 def test_impossible_sampling_is_refused(fields):
@@ -193,3 +197,117 @@ def test_reason_is_unknown_while_tokens_may_come():
     generation = generate(ScriptedSession([4, 1]), [2], stop_ids=[1])
     assert next(generation) == 4
     assert generation.finish_reason is None
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(0, 4), (1, 1), (2, 2), (3, 3), (4, 4), (99, 4)])
+def test_top_k_keeps_the_likeliest(top_k, kept):
+    found = frequencies(LOGITS, Sampling(1.0, top_k=top_k, seed=3))
+    assert set(np.flatnonzero(found)) == set(np.argsort(-PROBABILITIES)[:kept])
+
+
+def test_top_p_is_of_the_mass_that_top_k_leaves():
+    # Of 0.5 and 0.3, the first alone holds 0.625.
+    assert np.count_nonzero(frequencies(LOGITS, Sampling(1.0, top_k=2, top_p=0.62, seed=3))) == 1
+    assert np.count_nonzero(frequencies(LOGITS, Sampling(1.0, top_p=0.62, seed=3))) == 2
+
+
+def test_equals_at_the_edge_of_top_k_are_taken_by_id():
+    logits = np.array([0, 1, 1, 1, 2], np.float32)
+    assert set(np.flatnonzero(frequencies(logits, Sampling(1.0, top_k=3, seed=1)))) == {1, 2, 4}
+
+
+def test_repeat_penalty_divides_what_is_positive_and_multiplies_what_is_not():
+    logits = np.array([4.0, 3.0, -1.0, -0.5, 0.0], np.float32)
+    penalize(logits, [0, 2, 0, 4], 2.0)
+    assert logits.tolist() == [2.0, 3.0, -2.0, -0.5, 0.0]
+
+
+@pytest.mark.parametrize(("window", "picked"), [(64, [3, 2, 1, 0]), (1, [3, 2, 3, 2]), (0, [3, 3, 3, 3])])
+def test_repeat_penalty_looks_back_over_its_window(window, picked):
+    sampling = Sampling(repeat_penalty=2.0, repeat_window=window)
+    picker = Picker(sampling)
+    logits = np.array([5.0, 6.0, 7.0, 8.0], np.float32)
+    assert [picker.pick(logits) for _ in range(4)] == picked
+    assert logits.tolist() == [5.0, 6.0, 7.0, 8.0]
+
+
+def test_repeat_penalty_counts_the_prompt_and_what_came_before_it():
+    class Warm(ScriptedSession):
+        def prefill(self, tokens):
+            return super().prefill(tokens) + 1  # a penalized token falls below the others
+
+    session = Warm([4, 4, 4, 4])
+
+    def first(prompt: list[int], history: list[int]) -> int:
+        session.reset()
+        sampling = Sampling(repeat_penalty=1e9, repeat_window=3)
+        return next(generate(session, prompt, sampling, history=history))
+
+    assert first([1, 2, 3], []) == 4
+    assert first([4, 2, 3], []) != 4
+    assert first([2, 3], [9, 4]) != 4
+    assert first([2, 3], [4, 9]) == 4
+
+
+class Forbid:
+    """A constraint that forbids what was picked before; records what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def apply(self, logits):
+        logits[self.told] = -np.inf
+
+    def accept(self, token):
+        self.told.append(token)
+
+
+def test_a_constraint_masks_logits_and_is_told_every_token_the_stop_too():
+    session = ScriptedSession([4, 4, 4])
+    constraint = Forbid()
+    generation = generate(session, [2], stop_ids={1}, constraint=constraint, logprobs=0)
+    assert list(generation) == [4, 0]
+    assert (generation.finish_reason, constraint.told) == ("stop", [4, 0, 1])
+    assert [entry.token for entry in generation.logprobs] == [4, 0]
+
+
+def test_a_constraint_that_leaves_nothing_is_an_error():
+    class Nothing(Forbid):
+        def apply(self, logits):
+            logits[:] = -np.inf
+
+    with pytest.raises(FoxEdgeError, match="not numbers"):
+        next(generate(ScriptedSession([4]), [2], constraint=Nothing()))
+
+
+def test_logprobs_are_the_model_s_own_whatever_was_done_to_pick():
+    found = logprobs_of(np.asarray(LOGITS, np.float32), 2, 3)
+    assert found.token == 2 and found.logprob == pytest.approx(math.log(0.05), abs=1e-6)
+    assert [id for id, _ in found.top] == [1, 3, 0]
+    assert [math.exp(logprob) for _, logprob in found.top] == pytest.approx([0.5, 0.3, 0.15], abs=1e-6)
+    picker = Picker(Sampling(0.01, repeat_penalty=1e9), recent=[1], logprobs=1)
+    assert picker.pick(np.asarray(LOGITS, np.float32)) == 3
+    assert picker.logprobs[0].logprob == pytest.approx(math.log(0.3), abs=1e-6)
+    assert picker.logprobs[0].top[0][0] == 1
+
+
+def test_nobody_asked_for_logprobs():
+    generation = generate(ScriptedSession([4, 5]), [2], max_tokens=2)
+    assert (list(generation), generation.logprobs) == ([4, 5], [])
+
+
+def test_a_long_prompt_is_fed_in_parts_and_the_rest_is_left_to_next():
+    calls: list[int] = []
+
+    class Recorder(ScriptedSession):
+        def prefill(self, tokens):
+            calls.append(len(tokens))
+            return super().prefill(tokens)
+
+    session = Recorder([0, 0, 4, 1])
+    generation = generate(session, [2, 3, 5, 6, 7], stop_ids={1})
+    assert [generation.feed(2), generation.feed(2), generation.feed(2)] == [False, True, True]
+    assert calls == [2, 2]
+    assert list(generation) == [4]
+    assert calls == [2, 2, 1, 1]
+    assert session.seen == [2, 3, 5, 6, 7, 4]
