@@ -227,7 +227,14 @@ def _exporter(format: str) -> Callable[..., Artifact]:
 
 def _session(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of SessionOptions that `_session_options` asks for."""
-    return {"kv": args.kv, "accuracy_level": args.accuracy_level, "cache": not args.no_cache}
+    choices = {name: {"on": True, "off": False, None: None}[getattr(args, name)] for name in _SWITCHES}
+    return {
+        "kv": args.kv,
+        "prompt_threads": args.prompt_threads,
+        **choices,
+        "accuracy_level": args.accuracy_level,
+        "cache": not args.no_cache,
+    }
 
 
 def _text(path: str | None) -> str | None:
@@ -391,11 +398,24 @@ def _threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="default: the processors this process may use")
 
 
+# Choices of llama.cpp's that are on, off, or its own.
+_SWITCHES = {
+    "repack": "copy weights into the layout of this processor's kernels at load (default: on)",
+    "flash_attention": "attention in one pass over the KV cache (default: where it pays)",
+    "mmap": "map the model file instead of reading it (default: on)",
+}
+
+
 def _session_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv",
-        choices=("float32", "int8"),
-        help="ONNX: what the KV cache stores (default: float32; int8 takes a quarter of the memory)",
+        metavar="TYPE",
+        help="what the KV cache stores: GGUF f16 (default), q8_0 or q4_0; ONNX float32 (default) or int8",
+    )
+    for name, help in _SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=("on", "off"), help=f"GGUF: {help}")
+    parser.add_argument(
+        "--prompt-threads", type=_positive, help="GGUF: threads for prompts (default: as --threads)"
     )
     parser.add_argument(
         "--accuracy-level",

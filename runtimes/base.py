@@ -7,7 +7,7 @@ module knows its library; it does not know how an artifact was made.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -92,8 +92,16 @@ class SessionOptions:
 
     context: int | None = None
     threads: int | None = None
-    # What the KV cache stores: 'float32' or 'int8'. ONNX only; another runtime refuses a choice.
+    # What the KV cache stores, by a name that the runtime knows ('f16', 'q8_0', 'int8'). Any but the default
+    # changes answers a little.
     kv: str | None = None
+    # llama.cpp only: threads for prompts where they shall be others than for decoding; attention in one pass
+    # over the cache (a quantized cache needs it); whether weights are repacked at load for this processor's
+    # kernels (a copy in memory); whether the file is mapped or read.
+    prompt_threads: int | None = None
+    flash_attention: bool | None = None
+    repack: bool | None = None
+    mmap: bool | None = None
     # ONNX only: 1 computes products in float32, 4 (what exports ask for) on activations rounded to int8.
     accuracy_level: int | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
@@ -148,12 +156,24 @@ class ModelFile(TokenFile, Protocol):
         ...
 
 
-def refuse_onnx_choices(options: SessionOptions, runtime: str) -> None:
-    """For a runtime that has no such choices: raises FoxEdgeError when one was made all the same."""
-    for name in ("kv", "accuracy_level"):
-        if (value := getattr(options, name)) is not None:
-            flag = name.replace("_", "-")
-            raise FoxEdgeError(f"--{flag} {value} is for fox-edge's ONNX artifacts, not for {runtime}")
+# Choices that only some runtimes have.
+_SPECIAL = ("prompt_threads", "flash_attention", "repack", "mmap", "accuracy_level")
+
+
+def check_choices(
+    options: SessionOptions, runtime: str, kv: Sequence[str], takes: Collection[str] = ()
+) -> None:
+    """Raises FoxEdgeError for a choice that a runtime does not have.
+
+    `kv` are the types that its KV cache may have, the default first; `takes` names the others of its choices.
+    """
+    if options.kv is not None and options.kv not in kv:
+        raise FoxEdgeError(f"--kv {options.kv}: {runtime} has {' or '.join(kv)}")
+    for name in _SPECIAL:
+        value = getattr(options, name)
+        if value is not None and name not in takes:
+            word = ("off", "on")[value] if isinstance(value, bool) else value
+            raise FoxEdgeError(f"--{name.replace('_', '-')} {word}: {runtime} has no such choice")
 
 
 def check_tokens(session: Session, tokens: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,33 @@ import numpy as np
 
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
-from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
+from runtimes.base import (
+    SCORE_CHUNK,
+    Logits,
+    SessionOptions,
+    SharingSession,
+    check_tokens,
+)
 from runtimes.gguf_model import read_config
+from runtimes.memory import MemoryNeed, fitting_context
 
 try:
     import llama_cpp.llama_cpp as lib
 except ImportError:
     raise MissingPackageError("llama-cpp-python", "gguf") from None
 
+from runtimes.llama_cpp_choices import check_options, choose_for_context, choose_for_model
+from runtimes.llama_cpp_memory import memory_need
+
 # Tokens of a prompt that run at once.
 BATCH = 512
 # The KV cache is zeroed when it is made, so every position asked for is memory taken.
 DEFAULT_CONTEXT = 4096
-_SEQUENCE = 0
+# The conversation, and a second sequence that exists only while a prefix is handed to another context.
+_SEQUENCE, _PREFIX = 0, 1
+# Rows of logits that a further conversation on the same weights can have at once: 16 x 256,000 float32 are
+# 16 MB, and its compute buffer has them twice.
+_FURTHER_ROWS = 16
 _LOG_ERROR = 4  # enum ggml_log_level
 
 _errors: deque[str] = deque(maxlen=8)
@@ -61,13 +75,13 @@ def _complaint() -> str:
     return f" (llama.cpp: {_errors[0]})" if _errors else ""
 
 
-def _load_model(path: Path, *, vocab_only: bool) -> int:
-    """Open a GGUF file, whose header is looked at first; raises ArtifactError."""
-    read_config(path)
+def _load_model(path: Path, options: SessionOptions, *, vocab_only: bool = False) -> int:
+    """Open a GGUF file whose header was looked at; raises ArtifactError."""
     _start()
     _errors.clear()
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
+    choose_for_model(params, options)
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ArtifactError(f"{path}: llama.cpp cannot open it{_complaint()}")
@@ -78,7 +92,8 @@ class Vocabulary:
     """The vocabulary of a GGUF file as llama.cpp reads it, without the weights."""
 
     def __init__(self, path: Path) -> None:
-        self._model: int | None = _load_model(path, vocab_only=True)
+        read_config(path)
+        self._model: int | None = _load_model(path, SessionOptions(), vocab_only=True)
         self._vocab = lib.llama_model_get_vocab(self._model)
 
     def tokenize(self, text: str, special: bool) -> list[int]:
@@ -124,25 +139,56 @@ class _Batch:
         return self.struct
 
 
-class LlamaCppSession:
-    """One conversation with a GGUF model; see `runtimes.base.Session`.
+class _Weights:
+    """A loaded model that several contexts may use; freed when the last one lets go."""
 
-    Raises ArtifactError for a damaged file, ContextOverflowError for a context beyond the model's.
+    def __init__(self, path: Path, options: SessionOptions) -> None:
+        self.model = _load_model(path, options)
+        self._users = 0
+
+    def take(self) -> _Weights:
+        """Count one more user."""
+        self._users += 1
+        return self
+
+    def let_go(self) -> None:
+        """Count one user less."""
+        self._users -= 1
+        if self._users == 0:
+            lib.llama_model_free(self.model)
+
+
+class LlamaCppSession:
+    """One conversation with a GGUF model; see `runtimes.base.SharingSession`.
+
+    Raises ArtifactError for a damaged file, ContextOverflowError for a context beyond the model's,
+    NotEnoughMemoryError, before anything is loaded, when it does not fit in memory.
     """
 
-    def __init__(self, artifact: Artifact, options: SessionOptions | None = None) -> None:
-        self._model: int | None = None
+    def __init__(
+        self, artifact: Artifact, options: SessionOptions | None = None, weights: _Weights | None = None
+    ) -> None:
+        self._weights: _Weights | None = None
         self._context: int | None = None
         options = options or SessionOptions()
-        refuse_onnx_choices(options, "llama.cpp")
         most = artifact.manifest.context
-        self.context = min(most, DEFAULT_CONTEXT) if options.context is None else options.context
-        if not 1 <= self.context <= most:
-            raise ContextOverflowError(f"a context of {self.context} tokens, but the model has 1 to {most}")
-        self._model = _load_model(artifact.model_path, vocab_only=False)
+        if options.context is not None and not 1 <= options.context <= most:
+            asked = options.context
+            raise ContextOverflowError(f"a context of {asked} tokens, but the model has 1 to {most}")
+        if weights is None:
+            limit = min(most, DEFAULT_CONTEXT) if options.context is None else most
+            need = self.need(artifact, options)
+            self.context = fitting_context(need, options.context, limit, str(artifact.path))
+        else:
+            # Conversations that share weights were reckoned with when the first was opened.
+            assert options.context is not None
+            self.context = options.context
+        self._artifact, self._options = artifact, options
+        self._rows = SCORE_CHUNK if weights is None else _FURTHER_ROWS
+        self._weights = (weights or _Weights(artifact.model_path, options)).take()
         try:
-            self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
-            trained = int(lib.llama_model_n_ctx_train(self._model))
+            self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._weights.model)))
+            trained = int(lib.llama_model_n_ctx_train(self._weights.model))
             if most > trained:
                 raise ArtifactError(
                     f"{artifact.path / MANIFEST}: promises a context of {most}, but the model has {trained}"
@@ -155,14 +201,21 @@ class LlamaCppSession:
         self._batch = _Batch(BATCH)
         self._length = 0
 
+    @staticmethod
+    def need(artifact: Artifact, options: SessionOptions) -> MemoryNeed:
+        """What it takes to open this, told from headers; raises FoxEdgeError for choices that do not go."""
+        config = read_config(artifact.model_path)
+        check_options(options, config)
+        return memory_need(artifact, config, options, BATCH)
+
     def _open_context(self, path: Path, options: SessionOptions) -> int:
         params = lib.llama_context_default_params()
         params.n_ctx = self.context
         params.n_batch = params.n_ubatch = BATCH
         # Without these the compute buffer is made for a row of logits per batch token: 524 MB for Fox.
-        params.n_outputs_max = params.n_outputs_max_per_seq = SCORE_CHUNK
-        params.n_threads = params.n_threads_batch = options.threads or physical_cores()
-        context = lib.llama_init_from_model(self._model, params)
+        params.n_outputs_max = params.n_outputs_max_per_seq = self._rows
+        choose_for_context(params, options)
+        context = lib.llama_init_from_model(self._weights.model, params)
         if not context:
             raise FoxEdgeError(
                 f"{path}: llama.cpp cannot make a context of {self.context} tokens{_complaint()}"
@@ -200,8 +253,8 @@ class LlamaCppSession:
         """Logits after each of `tokens[start:]`: chunks (n, vocab), n <= SCORE_CHUNK."""
         self._check(tokens)
         self._append(tokens[:start])
-        for first in range(start, len(tokens), SCORE_CHUNK):
-            chunk = tokens[first : first + SCORE_CHUNK]
+        for first in range(start, len(tokens), self._rows):
+            chunk = tokens[first : first + self._rows]
             yield self._decode(chunk, len(chunk))
 
     def truncate(self, length: int) -> None:
@@ -214,14 +267,40 @@ class LlamaCppSession:
         """Empty the cache."""
         self.truncate(0)
 
+    def another(self) -> LlamaCppSession:
+        """Another conversation, empty, of the same context, on the same weights."""
+        if self._weights is None:
+            raise FoxEdgeError("this session is closed")
+        return LlamaCppSession(self._artifact, replace(self._options, context=self.context), self._weights)
+
+    def copy_prefix(self, source: SharingSession, length: int) -> None:
+        """Hold the first `length` tokens of another conversation, through llama.cpp's own saved state."""
+        assert isinstance(source, LlamaCppSession) and source is not self
+        if source.length < length:
+            raise FoxEdgeError(f"{length} tokens cannot be copied from a conversation of {source.length}")
+        self.reset()
+        if not length:
+            return
+        lib.llama_memory_seq_cp(source._memory, _SEQUENCE, _PREFIX, 0, length)
+        try:
+            size = lib.llama_state_seq_get_size(source._context, _PREFIX)
+            state = (ctypes.c_uint8 * size)()
+            written = lib.llama_state_seq_get_data(source._context, state, size, _PREFIX)
+        finally:
+            lib.llama_memory_seq_rm(source._memory, _PREFIX, -1, -1)
+        if not written or not lib.llama_state_seq_set_data(self._context, state, written, _SEQUENCE):
+            self.reset()
+            raise FoxEdgeError(f"llama.cpp cannot copy {length} tokens of a conversation{_complaint()}")
+        self._length = length
+
     def close(self) -> None:
-        """Free the model; twice does no harm."""
+        """Free the context, and the model with the last one; twice does no harm."""
         if self._context is not None:
             lib.llama_free(self._context)
             self._context = None
-        if self._model is not None:
-            lib.llama_model_free(self._model)
-            self._model = None
+        if self._weights is not None:
+            self._weights.let_go()
+            self._weights = None
 
     def _check(self, tokens: Sequence[int]) -> None:
         """Refuse what cannot be appended, before the cache is touched."""

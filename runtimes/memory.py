@@ -25,15 +25,27 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a session takes: weights and buffers in any case, and so much per position of context."""
+    """Bytes that a session takes: weights and buffers in any case, and so much per position of context.
+
+    Positions come in whole steps of `step`.
+    """
 
     weights: int
     buffers: int
     per_position: int
+    step: int = 1
+
+    def cache(self, positions: int) -> int:
+        """Bytes of the KV cache at a context of so many positions."""
+        return -(-positions // self.step) * self.step * self.per_position
 
     def total(self, positions: int) -> int:
         """Bytes at a context of so many positions."""
-        return self.weights + self.buffers + self.per_position * positions
+        return self.weights + self.buffers + self.cache(positions)
+
+    def most(self, available: int) -> int:
+        """The longest context that this much memory holds; 0 or less when none does."""
+        return (available - self.total(0)) // max(1, self.per_position) // self.step * self.step
 
 
 def available_bytes() -> int | None:
@@ -51,13 +63,13 @@ def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) 
     available = available_bytes()
     if available is None or need.total(wanted) <= available:
         return wanted
-    most = min(limit, (available - need.total(0)) // max(1, need.per_position))
+    most = min(limit, need.most(available))
     if asked is None and most > 0:
         return most
     fits = f"a context of {most} would fit" if most > 0 else "no context would fit"
     raise NotEnoughMemoryError(
         f"{what}: a context of {wanted} tokens takes {_mb(need.weights)} of weights + "
-        f"{_mb(need.per_position * wanted)} of KV cache + {_mb(need.buffers)} of buffers = "
+        f"{_mb(need.cache(wanted))} of KV cache + {_mb(need.buffers)} of buffers = "
         f"{_mb(need.total(wanted))}, but {_mb(available)} of memory are available; {fits}"
     )
 

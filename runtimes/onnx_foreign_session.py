@@ -7,6 +7,7 @@ wrote it. The cache never passes through numpy, except where a conversation is c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
 from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, SharingSession, check_choices, check_tokens
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_foreign import ForeignOnnx
 
@@ -40,7 +41,8 @@ class ForeignSession:
 
     def __init__(self, foreign: ForeignOnnx, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
-        refuse_onnx_choices(options, "another tool's graph")
+        kv_type = np.dtype(foreign.interface.kv_type).name
+        check_choices(options, "another tool's graph", (kv_type,))
         if options.context is not None and not 0 < options.context <= foreign.context:
             raise ContextOverflowError(
                 f"a context of {options.context} positions was asked for; this model has 1 to "
@@ -100,8 +102,33 @@ class ForeignSession:
         """Empty the cache."""
         self.truncate(0)
 
+    def another(self) -> ForeignSession:
+        """Another conversation, empty, of the same context, on the same weights."""
+        if self._session is None:
+            raise FoxEdgeError("this session is closed")
+        other = copy.copy(self)
+        other.length = 0
+        other._empty_cache()
+        return other
+
+    def copy_prefix(self, source: SharingSession, length: int) -> None:
+        """Hold the first `length` tokens of another conversation on the same weights."""
+        assert isinstance(source, ForeignSession) and source is not self
+        if source.length < length:
+            raise FoxEdgeError(f"{length} tokens cannot be copied from a conversation of {source.length}")
+        kept = [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in source._past]
+        self.length = length
+        if self._graph.shared:
+            for array, value in zip(kept, self._past, strict=True):
+                whole = value.numpy()
+                whole[:, :, :length] = array
+                value.update_inplace(whole)
+            return
+        self._past = [ort.OrtValue.ortvalue_from_numpy(value) for value in kept]
+        self._past_length = length
+
     def close(self) -> None:
-        """Free the model and its keys and values."""
+        """Free its keys and values, and the model with the last conversation."""
         self._session, self._past = None, []
 
     def _open(self, threads: int) -> Any:

@@ -23,7 +23,14 @@ from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens
+from runtimes.base import (
+    SCORE_CHUNK,
+    Logits,
+    SessionOptions,
+    SharingSession,
+    check_choices,
+    check_tokens,
+)
 from runtimes.mapped_pages import drop_pages, trim_heap
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
@@ -55,14 +62,17 @@ class OnnxSession:
             raise ContextOverflowError(
                 f"a context of {options.context} positions was asked for; this model has 1 to {limit}"
             )
+        check_choices(options, "onnxruntime", tuple(KV_BYTES), takes=("accuracy_level",))
         kv = options.kv or "float32"
-        if kv not in KV_BYTES:
-            raise FoxEdgeError(f"a KV cache of '{kv}' is none of {', '.join(KV_BYTES)}")
         graph = read_artifact_graph(artifact)
         need = memory_need(artifact, graph, KV_BYTES[kv])
         self.context = fitting_context(need, options.context, limit, str(artifact.path))
+        self._begin(_open(artifact, graph, kv, options))
+
+    def _begin(self, engine: Any) -> None:
+        """An empty conversation with an open graph; `context` is known."""
         self.length = 0
-        self._session: Any = _open(artifact, graph, kv, options)
+        self._session: Any = engine
         self._binding = self._session.io_binding()
         shape = {out.name: out.shape for out in self._session.get_outputs()}["logits"]
         self.vocab_size: int = shape[2]
@@ -106,27 +116,46 @@ class OnnxSession:
         """Empty the cache."""
         self.truncate(0)
 
+    def another(self) -> OnnxSession:
+        """Another conversation, empty, of the same context, on the same weights."""
+        if self._session is None:
+            raise FoxEdgeError("this session is closed")
+        other = OnnxSession.__new__(OnnxSession)
+        other.context = self.context
+        other._begin(self._session)
+        return other
+
+    def copy_prefix(self, source: SharingSession, length: int) -> None:
+        """Hold the first `length` tokens of another conversation on the same weights."""
+        assert isinstance(source, OnnxSession) and source is not self
+        if source.length < length:
+            raise FoxEdgeError(f"{length} tokens cannot be copied from a conversation of {source.length}")
+        for name, held in self._buffers.items():
+            held[:, :, :length] = source._buffers[name][:, :, :length]
+        self.length = length
+
     def close(self) -> None:
-        """Free the model and the KV buffers."""
+        """Free the KV buffers, and the model with the last conversation."""
         self._binding = self._session = None
-        self._cache: dict[str, Any] = {}
+        self._buffers: dict[str, NDArray[Any]] = {}
 
     def kv_extremes(self) -> LayerPairs:
         """Largest magnitudes in the cache so far, of each layer's keys and values: (kv_heads, head_dim)."""
         largest = {
-            name: np.abs(held.numpy()[0, :, : self.length]).max(axis=1) for name, held in self._cache.items()
+            name: np.abs(held[0, :, : self.length]).max(axis=1) for name, held in self._buffers.items()
         }
         layers = range(len(largest) // 2)
         return [(largest[f"present.{n}.key"], largest[f"present.{n}.value"]) for n in layers]
 
     def _bind_cache(self) -> None:
         """One buffer per layer and part, past and present in one."""
-        self._cache = {}
+        self._buffers = {}
         for name, (heads, width, kind) in cache_shapes(self._session).items():
-            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, self.context, width), kind))
+            # On the CPU onnxruntime works in the array itself.
+            self._buffers[name] = np.zeros((1, heads, self.context, width), kind)
+            buffer = ort.OrtValue.ortvalue_from_numpy(self._buffers[name])
             self._binding.bind_ortvalue_input(past_name(name), buffer)
             self._binding.bind_ortvalue_output(name, buffer)
-            self._cache[name] = buffer
 
     def _bind(self, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
         """Let an input read the beginning of a preallocated array."""

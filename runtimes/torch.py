@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fox_edge.errors import FoxEdgeError
 from fox_edge.model import Fox, KVCache
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, check_tokens, refuse_onnx_choices
+from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, SharingSession, check_choices, check_tokens
 
 if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ class TorchSession:
     """One conversation with the reference model; see `runtimes.base.Session`.
 
     `dtype` is that of weights and KV cache (float32 or bfloat16); logits are always float32 numpy.
+    `model` are weights that are loaded already, which `another` hands on.
     Raises ContextOverflowError when more positions are asked for than the model has.
     """
 
@@ -38,9 +40,10 @@ class TorchSession:
         options: SessionOptions | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
+        model: Fox | None = None,
     ) -> None:
         options = options or SessionOptions()
-        refuse_onnx_choices(options, "PyTorch")
+        check_choices(options, "PyTorch", (str(dtype).removeprefix("torch."),))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         config = source.config
@@ -49,7 +52,8 @@ class TorchSession:
         # The cache first: a context that is too long is refused before gigabytes are read.
         self._cache = KVCache(config, positions=self.context, dtype=dtype, device=_device(device))
         self._device = self._cache.keys.device
-        self._model: Fox | None = source.load_model(dtype=dtype, device=device).eval()
+        self._opened = (source, replace(options, context=self.context), dtype, device)
+        self._model: Fox | None = model or source.load_model(dtype=dtype, device=device).eval()
 
     @property
     def length(self) -> int:
@@ -82,8 +86,24 @@ class TorchSession:
         """Empty the cache."""
         self._cache.truncate(0)
 
+    def another(self) -> TorchSession:
+        """Another conversation, empty, of the same context, on the same weights."""
+        if self._model is None:
+            raise FoxEdgeError("this session is closed")
+        return TorchSession(*self._opened, model=self._model)
+
+    def copy_prefix(self, source: SharingSession, length: int) -> None:
+        """Hold the first `length` tokens of another conversation on the same weights."""
+        assert isinstance(source, TorchSession) and source is not self
+        if source.length < length:
+            raise FoxEdgeError(f"{length} tokens cannot be copied from a conversation of {source.length}")
+        held, other = self._cache, source._cache
+        for mine, theirs in ((held.keys, other.keys), (held.values, other.values)):
+            mine[..., :length, :] = theirs[..., :length, :]
+        held.length = length
+
     def close(self) -> None:
-        """Free weights and cache."""
+        """Let go of weights and cache."""
         self._model = None
         self._cache.keys = self._cache.values = torch.empty(0)
 

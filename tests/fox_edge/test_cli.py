@@ -247,4 +247,8 @@ def test_session_choices_reach_the_session(verb: list[str]) -> None:
     args = cli._parser().parse_args([*verb, "--kv", "int8", "--accuracy-level", "1", "--no-cache"])
     options = SessionOptions(**cli._session(args))
     assert (options.kv, options.accuracy_level, options.cache) == ("int8", 1, False)
+    words = ["--repack", "off", "--flash-attention", "on", "--mmap", "off", "--prompt-threads", "3"]
+    options = SessionOptions(**cli._session(cli._parser().parse_args([*verb, *words])))
+    assert (options.repack, options.flash_attention, options.mmap) == (False, True, False)
+    assert options.prompt_threads == 3
     assert SessionOptions(**cli._session(cli._parser().parse_args(verb))) == SessionOptions()

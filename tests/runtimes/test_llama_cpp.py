@@ -23,7 +23,7 @@ from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, M
 from fox_edge.quant import GGUF, find_recipe
 from runtimes.base import SCORE_CHUNK, Session, SessionOptions, open_session
 from runtimes.llama_cpp import BATCH, LlamaCppSession
-from tests.helpers import TINY, make_checkpoint
+from tests.helpers import TINY, TINY_256, make_checkpoint
 
 F32, FLASH_OFF = 0, 0
 # Two threads wait for each other by spinning: on a busy machine that takes ten times as long.
@@ -269,7 +269,7 @@ def test_a_missing_package_names_the_extra(
 def test_what_llama_cpp_refuses_is_one_sentence_with_its_reason(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtimes.llama_cpp.read_config", lambda path: None)  # would refuse it first
+    monkeypatch.setattr("runtimes.llama_cpp.read_config", lambda path: TINY_256)  # would refuse it first
     data = artifact.model_path.read_bytes()
     damaged = data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_no.weight")
     (tmp_path / artifact.manifest.model_file).write_bytes(damaged)

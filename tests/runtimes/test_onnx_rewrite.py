@@ -156,7 +156,7 @@ def test_a_graph_with_another_number_of_layers(artifact: Artifact) -> None:
 
 
 def test_a_cache_that_is_none(artifact: Artifact) -> None:
-    with pytest.raises(FoxEdgeError, match="a KV cache of 'int2' is none of float32, int8"):
+    with pytest.raises(FoxEdgeError, match="--kv int2: onnxruntime has float32 or int8"):
         OnnxSession(artifact, SessionOptions(kv="int2"))
 
 

@@ -1,0 +1,145 @@
+"""What llama.cpp will take for a model at given choices, told without loading a weight.
+
+The file is mapped; what ggml's kernels want in another layout is copied, and ggml itself is asked which
+matrices those are, on this processor. The rest is reckoned by formulas that were fitted to measurements;
+`python -m benchmarks.memory` holds them to new ones. Knows ggml's device interface; not how a session opens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import gguf
+import llama_cpp.llama_cpp as lib
+
+from fox_edge.artifact import Artifact, TensorRecord
+from fox_edge.config import FoxConfig
+from fox_edge.quant import EMBEDDING, GGUF, TYPES
+from runtimes.base import SessionOptions
+from runtimes.llama_cpp_choices import DEFAULT_KV
+from runtimes.memory import MemoryNeed
+
+# llama.cpp makes room for positions in steps of so many.
+CONTEXT_STEP = 256
+_CPU = 0  # enum ggml_backend_dev_type
+_BUFFER_AT = 8  # offset of the field `buffer` in struct ggml_tensor, behind its type
+_SCRATCH = 1 << 14  # bytes that hold three tensors' descriptions
+_F32 = 0
+# What the model and its context take beside weights and tensors.
+_FIXED = 6 << 20
+# Bytes per piece of the vocabulary: texts, scores, and the table that finds a piece by its text.
+_PIECE = 167
+
+
+def memory_need(artifact: Artifact, config: FoxConfig, options: SessionOptions, batch: int) -> MemoryNeed:
+    """The file and what is copied of it, the vocabulary and the buffers for `batch` tokens, the KV cache."""
+    stored = artifact.model_path.stat().st_size
+    copied = 0
+    if options.repack is not False:
+        copied = sum(copied_bytes(t, config.tied) for t in artifact.manifest.tensors)
+    conversations = options.conversations
+    return MemoryNeed(
+        weights=stored + copied,
+        buffers=_FIXED + _PIECE * config.vocab_size + conversations * _activations(config, batch),
+        per_position=conversations * kv_bytes_per_position(config, options.kv or DEFAULT_KV),
+        step=CONTEXT_STEP,
+    )
+
+
+def kv_bytes_per_position(config: FoxConfig, kv: str) -> int:
+    """Bytes of keys and values of one position, all layers, as a type of ggml's stores them."""
+    return 2 * config.num_layers * TYPES[GGUF, kv].row_bytes("KV cache", config.kv_dim)
+
+
+def copied_bytes(tensor: TensorRecord, tied: bool) -> int:
+    """Bytes of the copy that a weight gets at load when repacking is on; 0 for one that stays as it is."""
+    # Rows of an embedding are looked up, which no packed layout can; as the head it is multiplied too.
+    if len(tensor.shape) != 2 or (tensor.name == EMBEDDING and not tied):
+        return 0
+    return _packed_bytes(tensor.type, *tensor.shape)
+
+
+def _activations(config: FoxConfig, batch: int) -> int:
+    """Bytes of a batch's intermediate results, and of what products are computed from."""
+    return 4 * batch * (2 * config.intermediate_size + 4 * config.hidden_size)
+
+
+@cache
+def _packed_bytes(kind: str, rows: int, columns: int) -> int:
+    """Bytes of a matrix in the first layout of its own that ggml would multiply it in; 0 where it has none.
+
+    What llama.cpp does at load, with a matrix that holds nothing: a product is described, and every extra
+    kind of buffer is asked whether it takes it.
+    """
+    ggml = _ggml()
+    device = ggml.ggml_backend_dev_by_type(_CPU)
+    number = int(gguf.GGMLQuantizationType[kind.upper()])
+    for buffer_type in _extra_buffer_types(device):
+        with _scratch() as context:
+            weight = ggml.ggml_new_tensor_2d(context, number, columns, rows)
+            product = ggml.ggml_mul_mat(context, weight, ggml.ggml_new_tensor_2d(context, _F32, columns, 512))
+            buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+            ctypes.c_void_p.from_address(weight + _BUFFER_AT).value = buffer
+            try:
+                if ggml.ggml_backend_dev_supports_op(device, product):
+                    return int(ggml.ggml_backend_buft_get_alloc_size(buffer_type, weight))
+            finally:
+                ggml.ggml_backend_buffer_free(buffer)
+    return 0
+
+
+def _extra_buffer_types(device: int) -> Iterator[int]:
+    """The kinds of memory in which this processor's kernels have layouts of their own."""
+    ggml = _ggml()
+    registry = ggml.ggml_backend_dev_backend_reg(device)
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return
+    listing = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+    n = 0
+    while listing and listing[n]:
+        yield int(listing[n])
+        n += 1
+
+
+class _InitParams(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@contextmanager
+def _scratch() -> Iterator[int]:
+    """A ggml context that holds descriptions of tensors and no numbers."""
+    context = _ggml().ggml_init(_InitParams(_SCRATCH, None, True))
+    try:
+        yield context
+    finally:
+        _ggml().ggml_free(context)
+
+
+@cache
+def _ggml() -> Any:
+    """ggml's functions, found through the library that llama.cpp's own are in."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library = lib._lib
+    for name, result, arguments in (
+        ("ggml_init", pointer, (_InitParams,)),
+        ("ggml_free", None, (pointer,)),
+        ("ggml_new_tensor_2d", pointer, (pointer, ctypes.c_int, integer, integer)),
+        ("ggml_mul_mat", pointer, (pointer, pointer, pointer)),
+        ("ggml_backend_dev_by_type", pointer, (ctypes.c_int,)),
+        ("ggml_backend_dev_backend_reg", pointer, (pointer,)),
+        ("ggml_backend_reg_get_proc_address", pointer, (pointer, ctypes.c_char_p)),
+        ("ggml_backend_buft_alloc_buffer", pointer, (pointer, ctypes.c_size_t)),
+        ("ggml_backend_buft_get_alloc_size", ctypes.c_size_t, (pointer, pointer)),
+        ("ggml_backend_buffer_free", None, (pointer,)),
+        ("ggml_backend_dev_supports_op", ctypes.c_bool, (pointer, pointer)),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
