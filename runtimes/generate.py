@@ -240,14 +240,15 @@ class Generation(Iterator[int]):
         return self._picker.logprobs[: len(self.tokens)]
 
     def feed(self, most: int) -> bool:
-        """Run `most` tokens of a prompt that has more left; whether the rest can be left to `next`.
+        """Run `most` tokens of a prompt that has more left, and say True; else leave the rest to `next`.
 
         For whoever has other work between the parts of a long prompt; `next` alone does without.
         """
-        if len(self._prompt) - self._fed > most:
-            self._session.prefill(self._prompt[self._fed : self._fed + most])
-            self._fed += most
-        return len(self._prompt) - self._fed <= most
+        if self.tokens or len(self._prompt) - self._fed <= most:
+            return False
+        self._session.prefill(self._prompt[self._fed : self._fed + most])
+        self._fed += most
+        return True
 
     def __next__(self) -> int:
         """The next token id; the first call runs what is left of the prompt."""

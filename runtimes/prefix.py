@@ -18,12 +18,17 @@ class PrefixCache:
     """The only user of a session; remembers the tokens that are in its cache.
 
     `prompt_tokens`, of the last prompt, and `reused_tokens`, how many of them needed no run.
+
+    Kernels round differently when a prompt is cut elsewhere. With a `step` above 1, prompts that part ways are
+    reused up to a multiple of it only: run in parts of `step` tokens, a prompt then has the same bits whatever
+    was in the cache. A conversation that goes on after its own answer is reused to the last token.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, step: int = 1) -> None:
+        self.session, self.step = session, step
         self.prompt_tokens = self.reused_tokens = 0
         self._prompt: list[int] = []
+        self._asked = 0  # how many of the tokens were asked for; the others are an answer
         self._generation: Generation | None = None
         session.reset()
 
@@ -56,20 +61,22 @@ class PrefixCache:
             logprobs=logprobs,
             history=prompt[:shared],
         )
-        self._prompt, self._generation = list(prompt), generation
+        self._prompt, self._generation, self._asked = list(prompt), generation, len(prompt)
         self.prompt_tokens, self.reused_tokens = len(prompt), shared
         return generation
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many leading tokens of a prompt need no run; at least one must: logits come from running."""
-        return max(0, min(_common_prefix(self.held(), prompt), len(prompt) - 1))
+        held = self.held()
+        shared = max(0, min(_common_prefix(held, prompt), len(prompt) - 1))
+        return shared if self._asked < shared else shared - shared % self.step
 
     def adopt(self, other: PrefixCache, length: int) -> None:
         """Hold the first `length` tokens that another cache holds, copied; both sessions share one model."""
         assert isinstance(self.session, SharingSession) and isinstance(other.session, SharingSession)
         tokens = other.held()[:length]
         self.session.copy_prefix(other.session, len(tokens))
-        self._prompt, self._generation = tokens, None
+        self._prompt, self._generation, self._asked = tokens, None, other._asked
 
     def reset(self) -> None:
         """Empty the cache."""

@@ -306,7 +306,7 @@ def test_a_long_prompt_is_fed_in_parts_and_the_rest_is_left_to_next():
 
     session = Recorder([0, 0, 4, 1])
     generation = generate(session, [2, 3, 5, 6, 7], stop_ids={1})
-    assert [generation.feed(2), generation.feed(2), generation.feed(2)] == [False, True, True]
+    assert [generation.feed(2), generation.feed(2), generation.feed(2)] == [True, True, False]
     assert calls == [2, 2]
     assert list(generation) == [4]
     assert calls == [2, 2, 1, 1]
