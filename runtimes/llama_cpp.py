@@ -214,6 +214,8 @@ class LlamaCppSession:
         params.n_batch = params.n_ubatch = BATCH
         # Without these the compute buffer is made for a row of logits per batch token: 524 MB for Fox.
         params.n_outputs_max = params.n_outputs_max_per_seq = self._rows
+        # A second sequence in the same cells, by which `copy_prefix` picks the tokens that it copies.
+        params.n_seq_max, params.kv_unified = 2, True
         choose_for_context(params, options)
         context = lib.llama_init_from_model(self._weights.model, params)
         if not context:
