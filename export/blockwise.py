@@ -2,7 +2,8 @@
 
 Owns the arithmetic and the packing of the ONNX rows of the quantization table (`q{bits}{s|a}{block}`), as
 MatMulNBits and GatherBlockQuantized define them: value = (integer - zero point) * scale, unsigned integers,
-lowest bits first. Knows nothing of files, tensors' names or graphs.
+lowest bits first. How integers are chosen with an eye on the input is compensate.py's; files, tensors' names
+and graphs are others'.
 
 Shapes: R rows, C columns, K weights per block, B = C / K blocks per row.
 """
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from export.compensate import Compensation, Steps, choose, refit
 from fox_edge.quant import QuantType
 
 # A narrow type gains more from finer steps than it loses by clipping a block's few largest weights, so
@@ -63,6 +65,16 @@ def quantize(rows: Tensor, type_: QuantType, importance: Tensor | None = None) -
     x = rows.reshape(rows.shape[0], -1, type_.block_size)
     grid = span(x, type_) if importance is None else search(x, type_, importance)
     return store(grid.integers(x, type_.bits), grid, type_)
+
+
+def quantize_compensated(rows: Tensor, type_: QuantType, guide: Compensation) -> Blocks:
+    """Round float32 rows (R, C) to integers of a type so that their product with the input changes least."""
+    type_.row_bytes("rows", rows.shape[1])
+    grid = search(rows.reshape(rows.shape[0], -1, type_.block_size), type_, guide.importance)
+    steps = Steps(grid.scales, -grid.zeros * grid.scales, 2**type_.bits)
+    integers = choose(rows, steps, guide).view(*grid.scales.shape, -1)
+    (scales,) = refit(rows, [integers - grid.zeros[..., None]], [grid.scales], guide)
+    return store(integers, Grid(scales, grid.zeros), type_)
 
 
 def store(integers: Tensor, grid: Grid, type_: QuantType) -> Blocks:

@@ -19,9 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from export.blockwise import Blocks, Grid, inverse_of, search, store
-from fox_edge.quant import QuantType
-
 # Added to the Gram matrix's diagonal, as a share of its mean: what calibration did not show is not free.
 DAMPING = 0.01
 # A column that calibration text hardly excites still matters this much, as a share of the mean.
@@ -89,55 +86,82 @@ def _inverse(lower: Tensor) -> Tensor:
     return found
 
 
-def quantize_compensated(rows: Tensor, type_: QuantType, guide: Compensation) -> Blocks:
-    """Round float32 rows (R, C) to integers of a type so that their product with the input changes least."""
+class Steps(NamedTuple):
+    """The values that weights can take: of level number n, `scale * n + base`, or `scale * levels[n] + base`."""
+
+    scales: Tensor  # (R, B)
+    bases: Tensor  # (R, B)
+    count: int  # numbers are from 0 to count - 1
+    levels: Tensor | None = None  # (count,), ascending
+
+    def values(self, numbers: Tensor) -> Tensor:
+        """The values (R, C) of level numbers (R, C)."""
+        blocks = numbers.view(*self.scales.shape, -1)
+        levels = blocks.float() if self.levels is None else self.levels[blocks.long()]
+        return (levels * self.scales[..., None] + self.bases[..., None]).flatten(1)
+
+
+def choose(rows: Tensor, steps: Steps, guide: Compensation) -> Tensor:
+    """Level numbers (R, C), uint8, for float32 rows (R, C), whose product with the input changes least."""
     height, columns = rows.shape
-    type_.row_bytes("rows", columns)
-    grid = search(rows.reshape(height, -1, type_.block_size), type_, guide.importance)
-    integers = torch.empty(columns, height, dtype=torch.uint8)
-    integers[guide.order] = _rounded(rows.T[guide.order], grid, type_, guide)
-    blocks = integers.T.reshape(height, -1, type_.block_size)
-    return store(blocks, _refitted(rows, blocks, grid, guide), type_)
+    width = columns // steps.scales.shape[1]
+    numbers = torch.empty(columns, height, dtype=torch.uint8)
+    numbers[guide.order] = _chosen(rows.T[guide.order], steps, (guide.order // width).tolist(), guide.factor)
+    return numbers.T.contiguous()
 
 
-def _rounded(waiting: Tensor, grid: Grid, type_: QuantType, guide: Compensation) -> Tensor:
-    """Integers (C, R), uint8, of columns `waiting` (C, R) in the guide's order; uses `waiting` up."""
-    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()  # (B, R)
-    inverses = inverse_of(scales)
-    blocks = (guide.order // type_.block_size).tolist()
-    columns, last = waiting.shape[0], 2**type_.bits - 1
-    integers = torch.empty(waiting.shape, dtype=torch.uint8)
+def _chosen(waiting: Tensor, steps: Steps, blocks: list[int], factor: Tensor) -> Tensor:
+    """Numbers (C, R), uint8, of columns `waiting` (C, R) in the guide's order; uses `waiting` up."""
+    scales, bases = steps.scales.T.contiguous(), steps.bases.T.contiguous()  # (B, R)
+    inverses = torch.where(scales == 0, 0.0, 1 / scales)
+    zeros = -bases * inverses  # where the value 0 is, counted in levels
+    bounds = None if steps.levels is None else (steps.levels[1:] + steps.levels[:-1]) / 2
+    columns, last = waiting.shape[0], steps.count - 1
+    numbers = torch.empty(waiting.shape, dtype=torch.uint8)
     for start in range(0, columns, PANEL):
         stop = min(start + PANEL, columns)
         panel, errors = waiting[start:stop], torch.empty(stop - start, waiting.shape[1])
-        corner = guide.factor[start:stop, start:stop]
+        corner = factor[start:stop, start:stop]
         for j, pivot in enumerate(corner.diagonal().tolist()):
             b = blocks[start + j]
-            q = torch.addcmul(zeros[b], panel[j], inverses[b]).round_().clamp_(0, last)
-            integers[start + j] = q
-            error = torch.addcmul(panel[j], q.sub_(zeros[b]), scales[b], value=-1, out=errors[j])
+            q = torch.addcmul(zeros[b], panel[j], inverses[b])
+            if bounds is None or steps.levels is None:
+                q.round_().clamp_(0, last)
+                numbers[start + j] = q
+            else:
+                found = torch.bucketize(q, bounds)
+                numbers[start + j] = found
+                q = steps.levels[found]
+            error = torch.addcmul(panel[j], q, scales[b], value=-1, out=errors[j]).sub_(bases[b])
             error /= pivot
             panel[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
-        waiting[stop:].addmm_(guide.factor[start:stop, stop:].T, errors, alpha=-1)
-    return integers
+        waiting[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return numbers
 
 
-def _refitted(rows: Tensor, integers: Tensor, grid: Grid, guide: Compensation) -> Grid:
-    """The grid with scales (R, B) that bring rows (R, C) and integers (R, B, K) closest, seen from the input.
+def refit(rows: Tensor, basis: list[Tensor], factors: list[Tensor], guide: Compensation) -> list[Tensor]:
+    """Factors of vectors that bring their sum closest to rows (R, C), seen from the input.
 
-    For one row, with v_b its integers less their zeros where block b is and 0 elsewhere, the scales s that
-    minimise (w - sum_b s_b v_b) H (w - sum_b s_b v_b)^T solve sum_b (v_a H v_b^T) s_b = w H v_a^T for all a.
+    `basis`: each (R, S, W), S vectors that are 0 outside their own W columns; `factors`: each (R, S), where
+    they are now. With v_i the vectors of one row, the factors f that minimise
+    (w - sum_i f_i v_i) H (w - sum_i f_i v_i)^T solve sum_j (v_i H v_j^T) f_j = w H v_i^T for all i.
     """
-    height, count, size = integers.shape
-    v = integers.float().sub_(grid.zeros[..., None])
-    system = torch.empty(height, count, count)
-    for b in range(count):
-        seen = v[:, b] @ guide.gram[b * size : (b + 1) * size]
-        system[:, b] = (seen.view_as(v) * v).sum(-1)
-    wanted = ((rows @ guide.gram).view_as(v) * v).sum(-1)
-    # A block of zeros has no say in the product: a slight pull towards where they were holds all scales.
-    pull = system.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) * _PULL + torch.finfo(torch.float32).tiny
-    system.diagonal(dim1=1, dim2=2).add_(pull)
-    scales, _ = torch.linalg.solve_ex(system, wanted + pull * grid.scales)
-    usable = torch.isfinite(scales).all(-1, keepdim=True)
-    return Grid(torch.where(usable, scales, grid.scales).contiguous(), grid.zeros)
+    count, width = basis[0].shape[1:]
+    system = torch.empty(len(rows), len(basis), count, len(basis), count)
+    for i, vectors in enumerate(basis):
+        for s in range(count):
+            seen = (vectors[:, s] @ guide.gram[s * width : (s + 1) * width]).view(-1, count, width)
+            for j, others in enumerate(basis):
+                system[:, i, s, j] = (seen * others).sum(-1)
+    seen = (rows @ guide.gram).view(-1, count, width)
+    wanted = torch.cat([(seen * vectors).sum(-1) for vectors in basis], 1)
+    size, before = len(basis) * count, torch.cat(factors, 1)
+    system = system.view(-1, size, size)
+    # A block of zeros has no say in the product: a slight pull towards where they were holds all factors.
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    pull = _PULL * diagonal + torch.finfo(torch.float32).tiny
+    diagonal.add_(pull)
+    found, _ = torch.linalg.solve_ex(system, wanted + pull * before)
+    usable = torch.isfinite(found).all(-1, keepdim=True)
+    found = torch.where(usable, found, before)
+    return [part.contiguous() for part in found.split(count, 1)]

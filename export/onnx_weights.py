@@ -17,10 +17,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from export.blockwise import Blocks, dequantize, quantize
+from export.blockwise import Blocks, dequantize, quantize, quantize_compensated
 from export.calibration import MEAN_SQUARE_TOKENS, Calibration, Visit, walk
 from export.common import Progress, one_torch_thread, write_at
-from export.compensate import Compensation, gram, importance, quantize_compensated
+from export.compensate import Compensation, gram, importance
 from export.onnx_layout import COS, SIN, Layout, Matrix, Range
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.blockwise import dequantize, quantize, search, unpack
-from export.compensate import FLOOR, Compensation, gram, importance, quantize_compensated
+from export.blockwise import dequantize, quantize, quantize_compensated, search, unpack
+from export.compensate import FLOOR, Compensation, gram, importance
 from fox_edge.errors import RecipeError
 from fox_edge.quant import ONNX, TYPES, QuantType
 
