@@ -113,17 +113,19 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from runtimes.base import SessionOptions, open_model
-    from runtimes.generate import Sampling
-    from runtimes.terminal import chat_in_terminal
+    from runtimes.base import SessionOptions
+    from runtimes.talk import Wishes, talk
 
-    chat_in_terminal(
-        open_model(Path(args.artifact)),
+    if args.question is not None and args.prompt is not None:
+        raise FoxEdgeError("a question and --prompt are two questions; give one")
+    names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
+    sampling = {name: value for name in names if (value := getattr(args, name)) is not None}
+    talk(
+        args.artifact,
         SessionOptions(context=args.context, threads=args.threads, **_session(args)),
-        Sampling(temperature=args.temperature, top_p=args.top_p, min_p=args.min_p, seed=args.seed),
-        system=args.system,
-        max_tokens=args.max_tokens,
-        question=args.question,
+        Wishes(args.system, sampling, args.max_tokens, args.stop),
+        question=args.question if args.prompt is None else args.prompt,
+        as_json=args.json,
     )
 
 
@@ -330,17 +332,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
     inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
 
-    chat = verb("chat", _chat, "talk to an artifact in the terminal")
-    chat.add_argument("artifact", help="an artifact, or an ONNX folder that another tool exported")
-    chat.add_argument("question", nargs="?", help="ask this, print the answer and leave")
-    chat.add_argument("--system", help="system message")
+    chat = verb("chat", _chat, "talk to a model in the terminal, or let a script ask it one question")
     chat.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"
+        "artifact", help="an artifact, another tool's ONNX folder, or torch:CHECKPOINT (BF16 in PyTorch)"
     )
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--min-p", type=float, default=0.0)
-    chat.add_argument("--seed", type=int, default=0)
-    chat.add_argument("--max-tokens", type=_positive, default=512)
+    chat.add_argument("question", nargs="?", help="ask this, print the answer and leave; or use --prompt")
+    chat.add_argument("--prompt", metavar="TEXT", help="the question; what is piped in is put after it")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--max-tokens", type=_positive, default=512, help="of one answer (default: 512)")
+    chat.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="a text that ends an answer; repeatable"
+    )
+    _sampling_options(chat)
     _context(chat)
     _session_options(chat)
     _threads(chat)
@@ -433,6 +436,19 @@ def _context(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0: always the likeliest token (default: what the model's generation_config.json asks, else 0)",
+    )
+    parser.add_argument("--top-p", type=float, help="sample the likeliest tokens of this share of the mass")
+    parser.add_argument("--top-k", type=int, help="sample this many likeliest tokens")
+    parser.add_argument("--min-p", type=float, help="sample tokens of this share of the likeliest's chance")
+    parser.add_argument("--repeat-penalty", type=float, help="above 1: tokens seen of late are less likely")
+    parser.add_argument("--seed", type=int, help="the same answers again (default: a new one, told)")
+
+
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a whole number from 1")

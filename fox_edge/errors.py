@@ -33,6 +33,10 @@ class ContextOverflowError(FoxEdgeError):
     """A text longer than the context that was opened for it."""
 
 
+class ConversationError(FoxEdgeError):
+    """A file that is no conversation, or not one to go on with."""
+
+
 class MissingPackageError(FoxEdgeError):
     """An optional package that is not installed; names the extra that brings it."""
 

@@ -1,148 +1,158 @@
-"""The drawing of a chat in a terminal: prompt, streamed answer, a few commands.
+"""The drawing of a chat in a terminal: prompt, streamed answer, remarks.
 
-Knows stdin and stdout. The conversation itself is chat.py's; the model is whatever session it got.
+Knows stdin, stdout and stderr. Answers go to stdout and all else to stderr, so that a chat can be kept with
+`> FILE`. The conversation is chat.py's, what commands do commands.py's; the model is whatever session it got.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Generator
+from typing import TextIO
 
-from fox_edge.artifact import Artifact
-from fox_edge.errors import ContextOverflowError
-from fox_edge.progress import say
-from fox_edge.tokenizer import Tokenizer
-from runtimes.base import FOREIGN_ONNX, SessionOptions, open_session, runtime_name
+from fox_edge.errors import FoxEdgeError
 from runtimes.chat import Chat
-from runtimes.generate import Sampling
+from runtimes.commands import Commands
 
-if TYPE_CHECKING:
-    from runtimes.onnx_foreign import ForeignOnnx
+HINT = '/help lists the commands, """ holds several lines, Ctrl-C stops an answer, Ctrl-D leaves'
+_PROMPT, _MORE_PROMPT, _BLOCK = "> ", "... ", '"""'
+_BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
+# A model's control characters must not steer the terminal: shown as pictures, all but tab and newline.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
-HELP = "/undo takes back the last question, /reset starts again, /stats shows the speed, /quit leaves"
-_PROMPT = "> "
-
-
-def chat_in_terminal(
-    model: Artifact | ForeignOnnx,
-    options: SessionOptions,
-    sampling: Sampling,
-    *,
-    system: str | None = None,
-    max_tokens: int | None = None,
-    question: str | None = None,
-) -> None:
-    """Open the model and talk until the user leaves; with `question`, answer it and return."""
-    tokenizer = Tokenizer.from_folder(model.path if isinstance(model, Artifact) else model.folder)
-    with contextlib.closing(open_session(model, options)) as session:
-        terminal = Terminal(Chat(session, tokenizer, system, sampling, max_tokens), sys.stdout)
-        if question is not None:
-            terminal.answer(question)
-            return
-        say(f"{_title(model)}, {session.context} tokens of context{_doubt(model)}")
-        say(HELP)
-        terminal.run(_reader())
-
-
-def _title(model: Artifact | ForeignOnnx) -> str:
-    if isinstance(model, Artifact):
-        manifest = model.manifest
-        return (
-            f"{manifest.checkpoint}, {manifest.format} {manifest.quant}, on {runtime_name(manifest.format)}"
-        )
-    return f"{model.path.name}, onnx {model.quant} by {model.producer}, on {FOREIGN_ONNX[0]}"
-
-
-def _doubt(model: Artifact | ForeignOnnx) -> str:
-    """A remark on a model that nobody has held to its checkpoint."""
-    if not isinstance(model, Artifact):
-        return "; another tool's export, not verified (fox-edge verify)"
-    return "" if (model.manifest.verification or {}).get("passed") else "; this artifact was never verified"
+# Gives a line at a prompt; raises EOFError at the end of the input.
+Read = Callable[[str], str]
 
 
 class Terminal:
-    """Reads lines, draws answers. `read` returns a line, or raises EOFError at the end of the input."""
+    """Reads lines, draws answers and remarks."""
 
-    def __init__(self, chat: Chat, out: TextIO) -> None:
-        self.chat, self.out = chat, out
-        self._stats = "no answer yet"
+    def __init__(self, chat: Chat, model: str, out: TextIO, err: TextIO) -> None:
+        self.chat, self._commands = chat, Commands(chat, model)
+        self._out, self._err = out, err
+        self._colors = wants_colors(err)
 
-    def run(self, read: Callable[[], str]) -> None:
-        """Talk until /quit or the end of the input. An interrupt stops the answer, not the chat."""
+    def run(self, read: Read) -> None:
+        """Talk until the user leaves. An interrupt stops the answer; two in a row at the prompt leave."""
+        interrupted = False
         while True:
             try:
-                line = read().strip()
+                text = _read_text(read)
             except EOFError:
+                self._err.write("\n")
                 return
             except KeyboardInterrupt:
-                self._line("")
+                self._err.write("\n")
+                if interrupted:
+                    return
+                interrupted = True
+                self.remark("Ctrl-C again leaves, as Ctrl-D and /quit do")
                 continue
-            if line == "/quit":
+            except UnicodeDecodeError as error:
+                self.remark(f"that was not {error.encoding} text")
+                continue
+            interrupted = False
+            if text and not self._obey(text):
                 return
-            if line.startswith("/"):
-                self._line(self._command(line))
-            elif line:
-                try:
-                    self.answer(line)
-                except ContextOverflowError as error:
-                    self._line(f"({error})")
 
-    def answer(self, question: str) -> None:
-        """Ask, and draw the answer as it comes."""
-        start = time.monotonic()
-        first_s: float | None = None
-        pieces = self.chat.ask(question)
+    def remark(self, text: str) -> None:
+        """Something that is not the model's, in brackets, on stderr."""
+        text = f"({text})".translate(_PICTURES)
+        self._err.write(f"{_DIM}{text}{_PLAIN}\n" if self._colors else f"{text}\n")
+        self._err.flush()
+
+    def _obey(self, text: str) -> bool:
+        """Do what a text asks for; False to leave."""
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                result = self._commands.run(text)
+                if result is None:
+                    return False
+                if isinstance(result, str):
+                    self.remark(result)
+                else:
+                    self._draw(result)
+            else:
+                self._draw(self.chat.ask(text[1:] if text.startswith("//") else text))
+        except FoxEdgeError as error:
+            self.remark(str(error))
+        except KeyboardInterrupt:
+            self.remark("stopped")
+        return True
+
+    def _draw(self, pieces: Generator[str]) -> None:
+        """Draw an answer as it comes, and say what is to be said about it."""
+        reply, turns = self.chat.reply, self.chat.turns
+        if reply is not None and reply.left_out:
+            oldest = "oldest turn is" if reply.left_out == 1 else f"{reply.left_out} oldest turns are"
+            self.remark(
+                f"the context of {self.chat.session.context} tokens is full: the {oldest} left out of it"
+            )
+        screen = self._out.isatty()
+        begun = False
         try:
             for piece in pieces:
-                first_s = time.monotonic() - start if first_s is None else first_s
-                self.out.write(piece)
-                self.out.flush()
+                self._out.write(piece.translate(_PICTURES) if screen else piece)
+                self._out.flush()
+                begun = True
         except KeyboardInterrupt:
             pieces.close()
-            self._line(" (stopped)")
+            self._end_line()
+            kept = self.chat.turns is not turns
+            self.remark(
+                "stopped; /more goes on" if kept else "stopped before the answer began; it is not kept"
+            )
             return
-        self._line("")
-        if self.chat.notice:
-            say(f"({self.chat.notice})")
-        self._remember(time.monotonic() - start, first_s or 0.0)
+        except FoxEdgeError:
+            if begun:
+                self._end_line()
+            raise
+        self._end_line()
+        if reply is not None and reply.finish_reason == "length":
+            self.remark(f"cut after {reply.tokens} tokens; /more goes on")
+        elif reply is not None and reply.finish_reason == "context":
+            self.remark(f"cut: the context of {self.chat.session.context} tokens is full; /more goes on")
 
-    def _remember(self, total_s: float, first_s: float) -> None:
-        written = self.chat.session.length - self.chat.prompt_tokens
-        rate = written / (total_s - first_s) if total_s > first_s and written > 0 else 0.0
-        self._stats = (
-            f"{self.chat.prompt_tokens} prompt tokens ({self.chat.reused_tokens} of them from the cache), "
-            f"first text after {first_s:.2f} s, {rate:.1f} tokens/s"
-        )
-
-    def _command(self, line: str) -> str:
-        if line == "/reset":
-            self.chat.reset()
-            return "(started again)"
-        if line == "/undo":
-            return "(took back the last question)" if self.chat.undo() else "(nothing to take back)"
-        if line == "/stats":
-            return f"({self._stats})"
-        return f"({HELP})"
-
-    def _line(self, text: str) -> None:
-        self.out.write(text + "\n")
-        self.out.flush()
+    def _end_line(self) -> None:
+        self._out.write("\n")
+        self._out.flush()
 
 
-def _reader() -> Callable[[], str]:
-    """Lines from the user; with editing and a history for the session where the terminal has them."""
-    if not sys.stdin.isatty():
+def wants_colors(stream: TextIO) -> bool:
+    """Whether remarks may be dimmed: on a terminal that can, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def reader() -> Read:
+    """Lines from the terminal; with editing and a history for the session where it has them."""
+    if not sys.stdout.isatty():
         return _read_plain
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it is what gives input() line editing
-    return lambda: input(_PROMPT)
+    if not wants_colors(sys.stdout):
+        return input
+    # readline counts what stands between \001 and \002 as no columns.
+    return lambda prompt: input(f"\001{_BOLD}\002{prompt}\001{_PLAIN}\002")
 
 
-def _read_plain() -> str:
+def _read_plain(prompt: str) -> str:
+    """A line from the terminal when stdout is not one: the prompt belongs on stderr."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return line
+    return line.removesuffix("\n")
+
+
+def _read_text(read: Read) -> str:
+    '''A line; or several, from one with """ to the next with """. A pasted text may have lines of its own.'''
+    text = read(_PROMPT)
+    while text.count(_BLOCK) % 2:
+        text += "\n" + read(_MORE_PROMPT)
+    plain = text.replace(_BLOCK, "").strip()
+    # What stands in a block is no command, whatever it begins with.
+    return f"/{plain}" if text.startswith(_BLOCK) and plain.startswith("/") else plain

@@ -1,186 +1,327 @@
-"""The chat loop on a small random model: text, history, and a cache that is reused without a trace."""
+"""The chat loop: a cache kept token by token, limits, a history that is right however an answer ends."""
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
-from fox_edge.config import FoxConfig
-from fox_edge.errors import ContextOverflowError
-from fox_edge.model import Fox
-from runtimes.base import SessionOptions
+from export.gguf import export_gguf
+from export.onnx import export_onnx
+from fox_edge.checkpoint import Checkpoint
+from fox_edge.errors import ContextOverflowError, FoxEdgeError, TokenizerError
+from fox_edge.quant import GGUF, ONNX, find_recipe
+from fox_edge.tokenizer import Tokenizer
+from runtimes.base import Session, SessionOptions, open_session
 from runtimes.chat import Chat
-from runtimes.generate import Sampling
+from runtimes.generate import Sampling, generate
 from runtimes.torch import TorchSession
+from tests.runtimes.chatting import FAITHFUL, THINKING, Parrot, Recorder, tokenizer_with
 
-EOS, BOS, TURN = 0, 1, 2
-CONFIG = FoxConfig(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=400,
-    tied=False,  # a tied random model only repeats itself
-)
+ONE = SessionOptions(threads=1)
+QUESTIONS = ("the fox and hello world", "how many are there?", "in all each day", "hello")
+# A random model's draws: pieces that no encoder would put side by side, halves of characters, control tokens.
+WILD = Sampling(temperature=1.5, seed=5)
 
 
-class RandomSource:
-    config = CONFIG
-
-    def load_model(self, dtype=torch.float32, device="cpu") -> Fox:
-        torch.manual_seed(3)
-        return Fox(CONFIG)
-
-
-class Letters:
-    """A tokenizer of ASCII letters, one id each, whose stream lets them out in pairs."""
-
-    stop_ids = frozenset({EOS})
-
-    def encode_chat(self, messages) -> list[int]:
-        ids = [BOS]
-        for message in messages:
-            ids += [TURN, ord(message["role"][0]), *map(ord, message["content"]), EOS]
-        return [*ids, TURN, ord("a")]
-
-    def stream(self):
-        class Stream:
-            held = ""
-
-            def push(self, token: int) -> str:
-                self.held += chr(token)
-                if len(self.held) < 2:
-                    return ""
-                out, self.held = self.held, ""
-                return out
-
-            def flush(self) -> str:
-                out, self.held = self.held, ""
-                return out
-
-        return Stream()
+@pytest.fixture(scope="module", params=["torch", "llama.cpp", "onnxruntime"])
+def runtime(
+    request: pytest.FixtureRequest, tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Session]:
+    """One session per runtime; every chat empties it first."""
+    out = tmp_path_factory.mktemp("chat") / "artifact"
+    if request.param == "torch":
+        session: Session = TorchSession(tiny_256, ONE, torch.float32)
+    elif request.param == "llama.cpp":
+        session = open_session(export_gguf(tiny_256, out, find_recipe(GGUF, "int8")), ONE)
+    else:
+        session = open_session(export_onnx(tiny_256, out, find_recipe(ONNX, "int8")), ONE)
+    yield session
+    session.close()
 
 
-class CountingSession(TorchSession):
-    """Counts the tokens that were run."""
-
-    def __init__(self, context: int = 400) -> None:
-        super().__init__(RandomSource(), SessionOptions(context=context), torch.float32)
-        self.ran: list[int] = []
-
-    def prefill(self, tokens):
-        self.ran.append(len(tokens))
-        return super().prefill(tokens)
+@pytest.fixture(scope="module")
+def fox(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_with(tmp_path_factory.mktemp("fox"), None)
 
 
-def fresh_answer(messages, max_tokens: int) -> str:
-    """The answer of a session that has seen nothing before."""
-    from runtimes.generate import generate
+def say(chat: Chat, text: str) -> str:
+    return "".join(chat.ask(text))
 
-    letters = Letters()
-    tokens = generate(
-        CountingSession(), letters.encode_chat(messages), stop_ids=letters.stop_ids, max_tokens=max_tokens
+
+def parrot(tokenizer: Tokenizer, *answers: str, context: int = 4096) -> Recorder:
+    """Says these texts, each ended by <eos>."""
+    return Recorder(Parrot(*([*tokenizer.encode_on(a), tokenizer.eos_id] for a in answers), context=context))
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_no_token_is_run_twice(runtime: Session, tmp_path: Path, name: str) -> None:
+    # Blanks around an answer are the template's own, unless the tokenizer puts one there itself.
+    llama = name == "blanks around"
+    tokenizer, session = tokenizer_with(tmp_path, FAITHFUL[name], not llama), Recorder(runtime)
+    chat = Chat(session, tokenizer, "be brief", WILD, max_tokens=11)
+    for question in QUESTIONS:
+        before, ran = session.length, session.ran
+        say(chat, question)
+        # All that was run before is still in use, and every token in the cache was run exactly once.
+        assert chat.reply is not None and chat.reply.reused_tokens == before
+        assert session.ran == session.length
+        # What was made last is not in the cache yet; the rest of the prompt and of the answer is.
+        made = chat.reply.tokens - (chat.reply.finish_reason == "length")
+        assert session.ran - ran == chat.reply.run_tokens + made
+        assert tuple(session.tokens[-made:]) == chat.turns[-1].tokens[:made]
+    assert chat.run_tokens + chat.reused_tokens > chat.run_tokens
+    assert any(tokenizer.encode_on(turn.answer) != list(turn.tokens) for turn in chat.turns), (
+        "answers that round-trip would prove nothing"
     )
-    return "".join(map(chr, tokens))
 
 
-def test_answers_equal_those_of_a_fresh_session_and_only_new_tokens_are_run():
-    session = CountingSession()
-    chat = Chat(session, Letters(), system="be brief", max_tokens=9)
-    for question in ("hello", "and more", "bye"):
-        before = chat.messages
-        session.ran.clear()
-        answer = "".join(chat.ask(question))
-        assert answer == fresh_answer([*before, {"role": "user", "content": question}], 9)
-        assert chat.finish_reason == "length"
-        assert session.ran[0] == chat.prompt_tokens - chat.reused_tokens
-    # The third prompt repeats two turns; all but the newest question (and the answer's last token) is reused.
-    assert chat.reused_tokens > 30
-    assert session.ran[0] <= len("bye") + 8
-    assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 3]
+def test_a_turn_costs_its_own_tokens(runtime: Session, fox: Tokenizer) -> None:
+    """Counted by hand: the end of the answer before it, the question, and the template around it."""
+    session = Recorder(runtime)
+    chat = Chat(session, fox, sampling=WILD, max_tokens=9)
+    say(chat, QUESTIONS[0])
+    for question in QUESTIONS[1:]:
+        cut = int(chat.turns[-1].finish_reason == "length")
+        ran = session.ran
+        pieces = chat.ask(question)
+        next(pieces, None)
+        own = fox.encode(f"<eos>\n<|user|>\n{question}<eos>\n<|assistant|>\n", special=True)
+        assert chat.reply is not None and chat.reply.run_tokens == len(own) + cut
+        assert session.ran - ran >= len(own) + cut
+        list(pieces)
 
 
-def test_pieces_are_streamed_and_flushed():
-    pieces = list(Chat(CountingSession(), Letters(), max_tokens=5).ask("x"))
-    assert [len(p) for p in pieces] == [2, 2, 1]
+def test_a_real_model_s_conversation_is_the_template_s_own_rendering(nano: Checkpoint) -> None:
+    """nano's answers round-trip, so the cache holds what encoding everything anew would give."""
+    session = Recorder(TorchSession(nano, ONE, torch.float32))
+    chat = Chat(session, nano.tokenizer(), max_tokens=120)
+    for question in ("A fox has 3 dens with 4 cubs each. How many cubs?", "What is 17 + 25?"):
+        assert say(chat, question)
+        assert chat.reply is not None and chat.reply.finish_reason == "stop"
+    say(chat, "What is 8 - 3?")
+    whole = nano.tokenizer().encode_chat(chat.messages[:-1])
+    assert session.tokens[: len(whole)] == whole
+    assert session.ran == session.length
 
 
-def test_undo_forgets_one_turn_as_if_it_had_not_been():
-    chat = Chat(CountingSession(), Letters(), max_tokens=6)
+def test_answers_are_those_of_a_fresh_session(runtime: Session, fox: Tokenizer) -> None:
+    session = Recorder(runtime)
+    chat = Chat(session, fox, max_tokens=9)
+    for question in QUESTIONS[:3]:
+        say(chat, question)
+    told, last = list(session.tokens), chat.turns[-1].tokens
+    prompt = told[: len(told) - len(last) + 1]
+    runtime.reset()
+    # Greedy on a random model: equal unless the cache held something else than these tokens.
+    assert tuple(generate(runtime, prompt, stop_ids=fox.stop_ids, max_tokens=9)) == last
+
+
+def test_a_template_that_tells_the_past_otherwise_costs_what_it_changes(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, THINKING)
+    session = parrot(tokenizer, "the fox</think>total", "hello", "world")
+    chat = Chat(session, tokenizer)
+    assert say(chat, "how many") == "the fox</think>total"
+    prompt = chat.reply.prompt_tokens if chat.reply else 0
+    say(chat, "in all")
+    # All up to the beginning of the answer is kept; the answer is told without its reasoning.
+    assert chat.reply is not None and chat.reply.reused_tokens == prompt
+    assert session.tokens[: chat.reply.prompt_tokens] == tokenizer.encode_chat(chat.messages[:3])
+    length = session.length
+    say(chat, "and")
+    assert chat.reply.reused_tokens == length
+
+
+def test_pieces_are_whole_characters(fox: Tokenizer) -> None:
+    pieces = list(Chat(parrot(fox, "狐狸 🦊"), fox).ask("x"))
+    assert pieces == ["狐", "狸", " ", "🦊"]
+
+
+def test_a_character_cut_in_two_is_left_to_more(fox: Tokenizer) -> None:
+    chat = Chat(parrot(fox, "a 狐"), fox, max_tokens=len(fox.encode_on("a 狐")) - 1)
+    assert say(chat, "x") == "a "
+    assert chat.cut and chat.reply is not None and chat.reply.finish_reason == "length"
+    assert "".join(chat.more()) == "狐"
+    assert chat.turns[-1].answer == "a 狐" and not chat.cut
+    assert len(chat.turns) == 1
+
+
+def test_more_goes_on_as_if_there_had_been_no_limit(runtime: Session, fox: Tokenizer) -> None:
+    unlimited = Chat(Recorder(runtime), fox, max_tokens=24)
+    whole = say(unlimited, QUESTIONS[0])
+    session = Recorder(runtime)
+    chat = Chat(session, fox, max_tokens=8)
+    text = say(chat, QUESTIONS[0])
+    text += "".join(chat.more()) + "".join(chat.more())
+    assert (text, chat.turns[-1].tokens) == (whole, unlimited.turns[-1].tokens)
+    assert session.ran == session.length
+    say(chat, QUESTIONS[1])
+    assert session.ran == session.length and len(chat.turns) == 2
+
+
+def test_there_is_no_more_of_an_answer_that_ended(fox: Tokenizer) -> None:
+    chat = Chat(parrot(fox, "hello"), fox)
+    with pytest.raises(FoxEdgeError, match="no answer that was cut"):
+        chat.more()
+    say(chat, "x")
+    with pytest.raises(FoxEdgeError, match="no answer that was cut"):
+        chat.more()
+
+
+def test_a_stop_text_ends_the_answer_before_it(fox: Tokenizer) -> None:
+    session = parrot(fox, "one\n\nQ: two", "three")
+    chat = Chat(session, fox, stops=["\nQ:"])
+    assert say(chat, "x") == "one\n"
+    assert chat.turns[-1].answer == "one\n" and not chat.cut
+    session.inner.script = [*fox.encode_on("three"), fox.eos_id]  # type: ignore[attr-defined]
+    assert say(chat, "y") == "three"
+    assert fox.decode(session.tokens, skip_special=False).startswith(
+        "<bos><|user|>\nx<eos>\n<|assistant|>\none\n<eos>\n<|user|>\ny<eos>\n<|assistant|>\nthree"
+    )
+    with pytest.raises(FoxEdgeError, match="stop string is empty"):
+        Chat(session, fox, stops=[""])
+
+
+def test_undo_and_retry(fox: Tokenizer) -> None:
+    session = parrot(fox, "one", "two", "three", "four")
+    chat = Chat(session, fox)
     assert not chat.undo()
-    first = "".join(chat.ask("one"))
-    list(chat.ask("two"))
-    assert chat.undo()
-    assert chat.messages[-1] == {"role": "assistant", "content": first}
-    expected = fresh_answer([*chat.messages, {"role": "user", "content": "three"}], 6)
-    assert "".join(chat.ask("three")) == expected
+    with pytest.raises(FoxEdgeError, match="no question"):
+        chat.retry()
+    say(chat, "a")
+    say(chat, "b")
+    assert "".join(chat.retry()) == "three"
+    assert [(t.question, t.answer) for t in chat.turns] == [("a", "one"), ("b", "three")]
+    # Only the one token that gives the first logits is run again.
+    assert chat.reply is not None and chat.reply.run_tokens == 1
+    assert chat.undo() and len(chat.turns) == 1
+    say(chat, "c")
+    assert fox.decode(session.tokens) == fox.decode(fox.encode_chat(chat.messages[:-1])) + "four"
 
 
-def test_reset_forgets_all_but_the_system_message():
-    chat = Chat(CountingSession(), Letters(), system="s", max_tokens=4)
-    first = "".join(chat.ask("one"))
+def test_a_retry_that_never_began_keeps_the_old_answer(fox: Tokenizer) -> None:
+    session = parrot(fox, "one")
+    chat = Chat(session, fox)
+    say(chat, "a")
+    with pytest.raises(IndexError):  # the script is at its end: a runtime that fails
+        list(chat.retry())
+    assert [t.answer for t in chat.turns] == ["one"]
+
+
+def test_reset_forgets_all_but_the_system_message(fox: Tokenizer) -> None:
+    chat = Chat(parrot(fox, "one", "one"), fox, system="s")
+    say(chat, "a")
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "s"}]
-    assert chat.session.length == 0
-    assert "".join(chat.ask("one")) == first
-    assert chat.reused_tokens == 0
+    assert chat.session.length == 0 and chat.reply is None
+    say(chat, "a")
+    assert chat.reply is not None and chat.reply.reused_tokens == 0
 
 
-def test_an_answer_left_half_way_is_kept_as_far_as_it_went():
-    chat = Chat(CountingSession(), Letters(), max_tokens=50)
+def test_the_system_message_may_change(fox: Tokenizer, tmp_path: Path) -> None:
+    session = parrot(fox, "one", "two", "three")
+    chat = Chat(session, fox, system="be brief")
+    say(chat, "a")
+    chat.instruct("be long")
+    say(chat, "b")
+    assert "be long" in fox.decode(session.tokens) and "be brief" not in fox.decode(session.tokens)
+    chat.instruct(None)
+    assert chat.messages[0]["role"] == "user"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    chat = Chat(session, tokenizer_with(tmp_path, strict))
+    with pytest.raises(TokenizerError, match="no system role"):
+        chat.instruct("be brief")
+    assert chat.system is None
+
+
+def test_an_answer_left_half_way_is_kept_as_far_as_it_went(fox: Tokenizer) -> None:
+    session = parrot(fox, "total costs", "world")
+    chat = Chat(session, fox)
     answer = chat.ask("tell me")
     said = next(answer) + next(answer)
     answer.close()
-    assert chat.messages[-1] == {"role": "assistant", "content": said}
-    expected = fresh_answer([*chat.messages, {"role": "user", "content": "on"}], 7)
-    chat.max_tokens = 7
-    assert "".join(chat.ask("on")) == expected
+    assert chat.turns[-1].answer == said and chat.cut
+    assert session.ran == session.length
+    session.inner.script = [*fox.encode_on("world"), fox.eos_id]  # type: ignore[attr-defined]
+    say(chat, "on")
+    assert session.ran == session.length
+    assert (
+        fox.decode(session.tokens)
+        == f"<|user|>\ntell me\n<|assistant|>\n{said}\n<|user|>\non\n<|assistant|>\nworld"
+    )
 
 
-def test_a_question_never_listened_to_leaves_no_trace():
-    chat = Chat(CountingSession(), Letters(), max_tokens=6)
-    list(chat.ask("one"))
+def test_a_question_never_listened_to_leaves_no_trace(fox: Tokenizer) -> None:
+    chat = Chat(parrot(fox, "one", "two"), fox)
+    say(chat, "a")
     chat.ask("unheard")
-    expected = fresh_answer([*chat.messages, {"role": "user", "content": "two"}], 6)
-    assert "".join(chat.ask("two")) == expected
-    assert len(chat.turns) == 4
+    assert say(chat, "b") == "two"
+    assert [t.question for t in chat.turns] == ["a", "b"]
 
 
-def test_a_conversation_too_long_is_refused_and_can_be_shortened():
-    chat = Chat(CountingSession(context=40), Letters(), max_tokens=4)
-    list(chat.ask("0123456789"))
-    with pytest.raises(ContextOverflowError, match=r"\d+ tokens, but the context holds 40"):
-        chat.ask("x" * 30)
-    assert len(chat.turns) == 2
-    assert chat.undo()
-    assert "".join(chat.ask("hi"))
+# --- a full context ------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_fills_the_context_is_noticed():
-    chat = Chat(CountingSession(context=20), Letters())
-    answer = "".join(chat.ask("hey"))
-    assert chat.finish_reason == "context"
-    assert "20 tokens is full" in chat.notice
-    assert chat.session.length == 20
-    assert answer
-
-
-def test_a_cut_answer_is_noticed():
-    chat = Chat(CountingSession(), Letters(), max_tokens=3)
-    list(chat.ask("hey"))
-    assert chat.notice == "the answer was cut after 3 tokens"
-
-
-def test_sampled_answers_repeat_with_the_seed_and_vary_from_turn_to_turn():
-    def answers(seed: int) -> list[str]:
-        chat = Chat(CountingSession(), Letters(), sampling=Sampling(1.0, seed=seed), max_tokens=12)
-        said = ["".join(chat.ask("same"))]
+def test_the_oldest_turns_are_left_out_whole(fox: Tokenizer) -> None:
+    session = parrot(fox, *["hello world"] * 12, context=200)
+    chat = Chat(session, fox, system="be brief", max_tokens=20)
+    left_out = []
+    for n in range(12):
+        assert say(chat, f"the fox {n}") == "hello world"
+        assert chat.reply is not None
+        left_out.append(chat.reply.left_out)
+        seen = fox.decode(session.tokens)
+        assert seen.startswith("<|system|>\nbe brief\n<|user|>\nthe fox ")
+        assert f"the fox {chat.left_out}\n" in seen and f"the fox {chat.left_out - 1}\n" not in seen
+        assert chat.reply.prompt_tokens + 20 <= 200
+        if chat.reply.left_out:
+            assert chat.reply.prompt_tokens <= 100
+        elif n:
+            assert chat.reply.reused_tokens > 0.6 * chat.reply.prompt_tokens
+    # Several turns at a time, so that most turns still cost only their own tokens; none is forgotten.
+    assert sum(n > 0 for n in left_out) < 4 and sum(left_out) == chat.left_out
+    assert len(chat.turns) == 12
+    # Taking turns back brings the older ones back into sight.
+    for _ in range(11):
         chat.undo()
-        return [*said, "".join(chat.ask("same"))]
+    assert chat.left_out == 0
+
+
+def test_a_question_that_does_not_fit_changes_nothing(fox: Tokenizer) -> None:
+    chat = Chat(parrot(fox, "one", "two", context=60), fox)
+    say(chat, "hi")
+    with pytest.raises(ContextOverflowError, match=r"the question alone takes \d+ tokens.* context holds 60"):
+        chat.ask("x" * 60)
+    assert len(chat.turns) == 1 and chat.left_out == 0
+    assert say(chat, "yo") == "two"
+
+
+def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turns(fox: Tokenizer) -> None:
+    session = parrot(fox, "world " * 8, "hello " * 30, context=150)
+    chat = Chat(session, fox)
+    say(chat, "the fox")
+    first = say(chat, "go")
+    assert chat.reply is not None and chat.reply.finish_reason == "context" and session.length == 150
+    assert chat.cut and chat.left_out == 0
+    session.inner.script = fox.encode_on("world " * 30)  # type: ignore[attr-defined]
+    more = "".join(chat.more())
+    assert chat.left_out == 1 and chat.turns[-1].answer == first + more
+    assert fox.decode(session.tokens).startswith("<|user|>\ngo\n<|assistant|>\nhello hello")
+    # By now the answer itself fills the context: that is said, with the numbers.
+    with pytest.raises(ContextOverflowError, match=r"what was answered so far takes \d+ tokens.* holds 150"):
+        chat.more()
+    assert chat.turns[-1].answer == first + more
+
+
+def test_sampled_answers_repeat_with_the_seed_and_vary_from_try_to_try(
+    runtime: Session, fox: Tokenizer
+) -> None:
+    def answers(seed: int) -> list[str]:
+        chat = Chat(Recorder(runtime), fox, sampling=Sampling(1.0, seed=seed), max_tokens=12)
+        return [say(chat, "same"), "".join(chat.retry())]
 
     assert answers(1) == answers(1)
     assert answers(1) != answers(2)
     assert answers(1)[0] != answers(1)[1]
-    assert np.all([len(a) > 0 for a in answers(1)])
