@@ -31,6 +31,7 @@ from export.common import (
 )
 from export.ggml import library, quantize
 from export.gguf_header import TensorPlace, pad, write_header
+from export.modelfile import MODELFILE, modelfile
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
@@ -83,6 +84,7 @@ def export_gguf(
         writer.need(needed_bytes(checkpoint, assignments))
         copy_side_files(writer, checkpoint)
         path = writer.folder / model_file_name(checkpoint, recipe)
+        (writer.folder / MODELFILE).write_text(modelfile(checkpoint, path.name), encoding="utf-8")
         start = write_header(path, checkpoint, recipe, places)
         write_tensors(path, start, checkpoint, places, threads or default_threads(), progress)
         manifest = make_manifest(

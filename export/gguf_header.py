@@ -6,14 +6,16 @@ tokenizer alone, never from config.json.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from export.common import hub_id, license_of
 from export.ggml import TYPE_NUMBERS
+from export.identity import identify
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import MissingPackageError, TokenizerError
 from fox_edge.quant import Recipe
@@ -26,13 +28,17 @@ except ImportError:
 
 END_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 
-# enum llama_ftype: a hint for people ("mostly ..."); loaders read each tensor's own type.
+# enum llama_ftype is named after llama-quantize's mixtures; a type's name stands for the plainest of them.
 _FILE_TYPES = {
     "f32": "ALL_F32",
     "q5_k": "MOSTLY_Q5_K_S",
     "q4_k": "MOSTLY_Q4_K_S",
     "q3_k": "MOSTLY_Q3_K_S",
+    "mxfp4": "MOSTLY_MXFP4_MOE",
 }
+
+# gguf-py's words for two of the sampling parameters.
+_SAMPLING = {"temperature": "temp", "repeat_penalty": "penalty_repeat"}
 
 _TOKEN_TYPES = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
 
@@ -77,17 +83,38 @@ def pad(size: int) -> int:
     return int(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
+def file_type(recipe: Recipe) -> int:
+    """llama.cpp's number for the whole file: the recipe's own name if it is one, else its default type's.
+
+    A hint for people ("mostly ..."): loaders read each tensor's own type.
+    """
+    default = _FILE_TYPES.get(recipe.default, f"MOSTLY_{recipe.default.upper()}")
+    known = gguf.LlamaFileType.__members__
+    found = (known.get(name) for name in (f"MOSTLY_{recipe.name.upper()}", default, "GUESSED"))
+    return int(next(value for value in found if value is not None))
+
+
 def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    identity = identify(checkpoint)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(checkpoint.name.rsplit("/", 1)[-1])
-    writer.add_size_label(gguf.size_label(checkpoint.config.num_parameters(), 0, 0, 0))
-    writer.add_file_type(
-        gguf.LlamaFileType[_FILE_TYPES.get(recipe.default, f"MOSTLY_{recipe.default.upper()}")]
-    )
+    writer.add_name(identity.name)
+    writer.add_size_label(identity.size_label)
+    writer.add_file_type(file_type(recipe))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     licence, hub = license_of(checkpoint), hub_id(checkpoint)
-    if licence:
-        writer.add_license(licence)
+    texts: dict[Callable[[Any], None], Any] = {
+        writer.add_basename: identity.basename,
+        writer.add_finetune: identity.finetune,
+        writer.add_version: identity.version,
+        writer.add_license: licence,
+        writer.add_tags: identity.tags,
+        writer.add_languages: identity.languages,
+    }
+    for add, said in texts.items():
+        if said:
+            add(said)
+    for key, value in identity.sampling.items():
+        getattr(writer, f"add_sampling_{_SAMPLING.get(key, key)}")(value)
     if hub:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, hub[1])
@@ -159,6 +186,12 @@ def padded_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[Piece]:
             raise TokenizerError(
                 f"the tokenizer's pieces {seen[piece.text]} and {token_id} have the same text {piece.text!r}"
             )
+    bytes_left = [n for n in range(256) if f"<0x{n:02X}>" not in seen and chr(n) not in seen]
+    if bytes_left:
+        raise TokenizerError(
+            f"the tokenizer has no piece for {len(bytes_left)} of 256 bytes (the first: {bytes_left[0]}); "
+            "without one llama.cpp dies of a text that no other piece covers"
+        )
     unused = (f"<unused_row_{n}>" for n in range(len(pieces), vocab_size))
     return pieces + [Piece(text, 0.0, "unused") for text in unused]
 

@@ -67,7 +67,10 @@ _KNOWN: dict[str, int] = {
     **{f"llama.{key}": FLOAT32 if key in _REAL_KEYS else UINT32 for key in _SHAPE_KEYS.values()},
     **{f"llama.{key}": UINT32 for key in _REPEATED_KEYS},
     **{f"{_TOKEN}{role}_token_id": UINT32 for role in _TOKEN_IDS},
-    **{f"{_TOKEN}{key}": BOOL for key in ("add_bos_token", "add_eos_token", "add_space_prefix")},
+    **{
+        f"{_TOKEN}{key}": BOOL
+        for key in ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix")
+    },
     **{f"{_TOKEN}{key}": STRING for key in ("model", "pre")},
     **dict.fromkeys((_TOKENS, _SCORES, _KINDS), ARRAY),
     "tokenizer.chat_template": STRING,
