@@ -431,11 +431,6 @@ def _session_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _context(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=_positive, help="tokens of context to open")
-
-
-def _positive(text: str) -> int:
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
@@ -449,6 +444,11 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="the same answers again (default: a new one, told)")
 
 
+def _context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=_positive, help="tokens of context to open")
+
+
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a whole number from 1")
