@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,9 @@ def bench(
     subject whose process dies gets a row with 'error', and the others go on. Raises FoxEdgeError for a
     subject that is not there or whose context is too short.
     """
-    subjects = [open_subject(spec) for spec in artifacts]
+    subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
     needed = prompt_tokens + 1 + decode_tokens
     context = context or -(-needed // _CONTEXT_STEP) * _CONTEXT_STEP
-    if (session or {}).get("kv") == "int8":
-        # A quarter of what is read at every token otherwise; only ONNX artifacts take the choice.
-        subjects = [replace(s, kv_bytes_per_position=s.kv_bytes_per_position // 4) for s in subjects]
     jobs = [
         _job(s, prompt_tokens, decode_tokens, threads, context) | {"session": session or {}} for s in subjects
     ]

@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
-from fox_edge.inspection import kv_bytes
 from fox_edge.quant import EMBEDDING, ONNX
-from runtimes.base import FOREIGN_ONNX, RUNTIMES, Session, SessionOptions, is_foreign, load, runtime_name
+from runtimes.base import (
+    FOREIGN_ONNX,
+    RUNTIMES,
+    TORCH_RUNTIME,
+    Session,
+    SessionOptions,
+    is_foreign,
+    load,
+    runtime_name,
+)
+from runtimes.kv_types import KV_TYPES, TORCH, kv_bytes_per_position
 
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
 
 TORCH_PREFIX = "torch:"
-_TORCH = "runtimes.torch:TorchSession"
 _BF16_BYTES = 2
 
 
@@ -78,8 +86,8 @@ class Subject:
         return session
 
 
-def open_subject(spec: str | Path) -> Subject:
-    """Find out what a user's word means; reads no weights.
+def open_subject(spec: str | Path, kv: str | None = None) -> Subject:
+    """Find out what a user's word means; reads no weights. `kv`: what its KV cache shall store.
 
     Raises FoxEdgeError, CheckpointError or ArtifactError for something that is not there.
     """
@@ -91,12 +99,14 @@ def open_subject(spec: str | Path) -> Subject:
         raise FoxEdgeError(
             f"{spec}: no such artifact (a checkpoint's BF16 model is named {TORCH_PREFIX}CHECKPOINT)"
         )
-    return _foreign(spec, path) if is_foreign(path) else _artifact(spec, path)
+    return _foreign(spec, path) if is_foreign(path) else _artifact(spec, path, kv)
 
 
-def _artifact(spec: str, path: Path) -> Subject:
+def _artifact(spec: str, path: Path, kv: str | None) -> Subject:
     artifact = Artifact.open(path)
     manifest, config = artifact.manifest, FoxConfig.read(path / "config.json")
+    if kv not in KV_TYPES[manifest.format]:
+        kv = None  # its session will refuse it
     embedding = sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING)
     return Subject(
         spec=spec,
@@ -106,7 +116,7 @@ def _artifact(spec: str, path: Path) -> Subject:
         bytes=artifact.total_bytes(),
         weight_bytes=manifest.weight_bytes,
         unread_bytes=_unread(config, embedding),
-        kv_bytes_per_position=kv_bytes(config, manifest.format, 1),
+        kv_bytes_per_position=kv_bytes_per_position(config, manifest.format, kv),
         context=config.max_positions,
         parameters=config.num_parameters(),
         folder=path,
@@ -146,17 +156,17 @@ def _checkpoint(spec: str) -> Subject:
     beside = [checkpoint.path / "config.json", *checkpoint.tokenizer_files()]
     return Subject(
         spec=spec,
-        runtime="torch",
+        runtime=TORCH_RUNTIME[0],
         format="torch",
         quant="bf16",
         bytes=stored + sum(path.stat().st_size for path in beside),
         weight_bytes=_BF16_BYTES * config.num_parameters(),
         unread_bytes=_unread(config, _BF16_BYTES * config.vocab_size * config.hidden_size),
-        kv_bytes_per_position=kv_bytes(config, "torch", 1),
+        kv_bytes_per_position=kv_bytes_per_position(config, TORCH),
         context=config.max_positions,
         parameters=config.num_parameters(),
         folder=checkpoint.path,
-        session_class=_TORCH,
+        session_class=TORCH_RUNTIME[1],
         source=checkpoint,
     )
 

@@ -21,6 +21,7 @@ from runtimes.base import load
 TASKS = {
     "measure": "benchmarks.measure:run_job",
     "answer": "benchmarks.answer:run_job",
+    "memory": "benchmarks.memory:run_job",
 }
 
 

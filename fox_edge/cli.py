@@ -99,17 +99,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from fox_edge.errors import MissingPackageError
     from fox_edge.inspection import inspect, inspect_text
-    from runtimes.base import is_foreign
+    from runtimes.base import SessionOptions, is_foreign, open_model
+    from runtimes.footprint import footprint, footprint_text
 
     path = Path(args.target)
-    if is_foreign(path):
-        from runtimes.onnx_foreign import ForeignOnnx
-
-        result = ForeignOnnx.open(path).inspect(args.context)
-    else:
-        result = inspect(args.target, args.context)
-    _print(args, result, inspect_text)
+    try:
+        # First, while this process holds nothing that a session's would not.
+        memory = footprint(args.target, SessionOptions(context=args.context, **_session(args)))
+        lines = ["", *footprint_text(memory)]
+    except MissingPackageError as error:
+        memory, lines = None, [f"what memory it takes is not known: {error}"]
+    model: Any = open_model(path) if is_foreign(path) else None
+    result = model.inspect() if model else inspect(args.target)
+    _print(args, result | {"memory": memory}, lambda r: "\n".join([inspect_text(r), *lines]))
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -126,6 +130,28 @@ def _chat(args: argparse.Namespace) -> None:
         Wishes(args.system, sampling, args.max_tokens, args.stop),
         question=args.question if args.prompt is None else args.prompt,
         as_json=args.json,
+    )
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from runtimes.base import SessionOptions
+    from runtimes.server.server import ServeOptions, ready_text, serve
+
+    serve(
+        args.artifact,
+        SessionOptions(context=args.context, threads=args.threads, **_session(args)),
+        ServeOptions(
+            host=args.host,
+            port=args.port,
+            slots=args.slots,
+            queue=args.queue,
+            max_tokens=args.max_tokens,
+            timeout_s=args.timeout,
+            grace_s=args.grace,
+            api_key=args.api_key,
+            name=args.name,
+        ),
+        lambda ready: _print(args, ready, ready_text),
     )
 
 
@@ -331,6 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
     inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
+    _session_options(inspect)
 
     chat = verb("chat", _chat, "talk to a model in the terminal, or let a script ask it one question")
     chat.add_argument(
@@ -347,6 +374,25 @@ def _parser() -> argparse.ArgumentParser:
     _context(chat)
     _session_options(chat)
     _threads(chat)
+
+    serve = verb("serve", _serve, "answer over HTTP as OpenAI's servers do, and on a chat page")
+    serve.add_argument(
+        "artifact", help="an artifact, another tool's ONNX folder, or torch:CHECKPOINT (BF16 in PyTorch)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="default: this machine only; others need a key")
+    serve.add_argument("--port", type=int, default=8080, help="default: 8080; 0: any that is free")
+    serve.add_argument("--api-key", metavar="KEY", help="default: the environment's FOX_EDGE_API_KEY")
+    serve.add_argument("--name", help="the model's id in requests (default: the folder's name)")
+    serve.add_argument("--slots", type=_positive, default=4, help="answers at once (default: 4)")
+    serve.add_argument("--queue", type=_count, default=64, help="requests that may wait (default: 64)")
+    serve.add_argument("--max-tokens", type=_positive, help="the most per answer (default: the context)")
+    serve.add_argument("--timeout", type=float, default=600.0, help="seconds per answer (default: 600)")
+    serve.add_argument(
+        "--grace", type=float, default=30.0, help="seconds for running answers at the end (default: 30)"
+    )
+    _context(serve)
+    _session_options(serve)
+    _threads(serve)
 
     bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
     bench.add_argument(
@@ -446,6 +492,13 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_positive, help="tokens of context to open")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 0")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint or an artifact, what is tied, and what memory it will take.
+"""What is in a checkpoint or an artifact, and what is tied.
 
 Reads headers and manifests only, never weights.
 """
@@ -10,42 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from fox_edge.artifact import MANIFEST, Artifact
-from fox_edge.config import FoxConfig
-from fox_edge.errors import FoxEdgeError
-
-# Bytes of one number in the KV cache: llama.cpp's and ours in PyTorch hold 16 bits, ONNX Runtime's 32.
-_KV_VALUE_BYTES = {"gguf": 2, "onnx": 4, "torch": 2, "checkpoint": 2}
 
 
-def kv_bytes(config: FoxConfig, format: str, positions: int) -> int:
-    """Bytes that a KV cache takes for so many positions, in the runtime that opens this format."""
-    return config.kv_bytes_per_token // 2 * _KV_VALUE_BYTES[format] * positions
+def inspect(target: str) -> dict[str, Any]:
+    """Contents of a checkpoint ('nano', folder, hub id) or an artifact folder.
 
-
-def inspect(target: str, context: int | None = None) -> dict[str, Any]:
-    """Contents and memory of a checkpoint ('nano', folder, hub id) or an artifact folder.
-
-    Keys: parameters bytes tied tensors[].name .shape .type .bytes memory.weights_bytes .kv_bytes
-    .total_bytes.
-    Raises FoxEdgeError when the context is longer than the model's.
+    Keys: parameters bytes tied tensors[].name .shape .type .bytes. What memory it takes is for the runtimes
+    to say (runtimes/footprint.py).
     """
     path = Path(target)
-    result = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(target)
-    config: FoxConfig = result.pop("config")
-    context = config.max_positions if context is None else context
-    if context > config.max_positions:
-        raise FoxEdgeError(
-            f"{target}: a context of {context} was asked for, but the model has {config.max_positions}"
-        )
-    kv = kv_bytes(config, result["format"], context)
-    weights = sum(t["bytes"] for t in result["tensors"])
-    result["memory"] = {
-        "context": context,
-        "weights_bytes": weights,
-        "kv_bytes": kv,
-        "total_bytes": weights + kv,
-    }
-    return result
+    return _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(target)
 
 
 def _artifact(path: Path) -> dict[str, Any]:
@@ -56,7 +30,6 @@ def _artifact(path: Path) -> dict[str, Any]:
         "target": str(path),
         "format": manifest.format,
         "quant": manifest.quant,
-        "config": FoxConfig.read(path / "config.json"),
         "parameters": manifest.parameters,
         "bytes": artifact.total_bytes(),
         "bits_per_weight": manifest.bits_per_weight,
@@ -88,7 +61,6 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "target": target,
         "format": "checkpoint",
         "quant": None,
-        "config": checkpoint.config,
         "parameters": parameters,
         "bytes": size,
         "bits_per_weight": 8 * size / parameters,
@@ -99,7 +71,7 @@ def _checkpoint(target: str) -> dict[str, Any]:
 
 
 def inspect_text(result: dict[str, Any]) -> str:
-    """The result as lines for a person: a summary, then types by their share of the bytes, then memory."""
+    """The result as lines for a person: a summary, then types by their share of the bytes."""
     lines = [
         f"{result['target']}: {result['format']}" + (f" {result['quant']}" if result["quant"] else ""),
         _size_line(result),
@@ -108,12 +80,7 @@ def inspect_text(result: dict[str, Any]) -> str:
     if "verified" in result:
         lines.append("verified against its checkpoint" if result["verified"] else "NOT verified")
     lines += [f"note: {note}" for note in result["notes"]]
-    lines += ["", *_tensor_lines(result["tensors"]), ""]
-    memory = result["memory"]
-    lines.append(
-        f"memory at {memory['context']} tokens: weights {megabytes(memory['weights_bytes'])} + "
-        f"KV cache {megabytes(memory['kv_bytes'])} = {megabytes(memory['total_bytes'])}, plus buffers"
-    )
+    lines += ["", *_tensor_lines(result["tensors"])]
     return "\n".join(lines)
 
 

@@ -206,6 +206,9 @@ RUNTIMES: dict[str, tuple[str, str]] = {
     "onnx": ("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
 }
 
+# The same for checkpoints; constructed with (fox_edge.checkpoint.Checkpoint, SessionOptions).
+TORCH_RUNTIME = ("torch", "runtimes.torch:TorchSession")
+
 # The same for ONNX models of other tools; constructed with (onnx_foreign.ForeignOnnx, SessionOptions).
 FOREIGN_ONNX = ("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession")
 

@@ -35,7 +35,7 @@ try:
 except ImportError:
     raise MissingPackageError("llama-cpp-python", "gguf") from None
 
-from runtimes.llama_cpp_choices import check_options, choose_for_context, choose_for_model
+from runtimes.llama_cpp_choices import check_kv_blocks, check_options, choose_for_context, choose_for_model
 from runtimes.llama_cpp_memory import memory_need
 
 # Tokens of a prompt that run at once.
@@ -171,6 +171,7 @@ class LlamaCppSession:
         self._weights: _Weights | None = None
         self._context: int | None = None
         options = options or SessionOptions()
+        check_options(options)
         most = artifact.manifest.context
         if options.context is not None and not 1 <= options.context <= most:
             asked = options.context
@@ -204,8 +205,9 @@ class LlamaCppSession:
     @staticmethod
     def need(artifact: Artifact, options: SessionOptions) -> MemoryNeed:
         """What it takes to open this, told from headers; raises FoxEdgeError for choices that do not go."""
+        check_options(options)
         config = read_config(artifact.model_path)
-        check_options(options, config)
+        check_kv_blocks(options, config)
         return memory_need(artifact, config, options, BATCH)
 
     def _open_context(self, path: Path, options: SessionOptions) -> int:

@@ -12,25 +12,28 @@ import llama_cpp.llama_cpp as lib
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import physical_cores
-from fox_edge.quant import GGUF, TYPES
+from fox_edge.quant import GGUF
 from runtimes.base import SessionOptions, check_choices
+from runtimes.kv_types import KV_TYPES, default_kv
 
-# What the KV cache may store, and ggml's number for it.
-KV_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q4_0": lib.GGML_TYPE_Q4_0}
-DEFAULT_KV = "f16"
+DEFAULT_KV = default_kv(GGUF)
 _CHOICES = ("prompt_threads", "flash_attention", "repack", "mmap")
 
 
-def check_options(options: SessionOptions, config: FoxConfig) -> None:
-    """Raises FoxEdgeError for choices that llama.cpp does not have, not together, or not for this model."""
-    check_choices(options, "llama.cpp", tuple(KV_TYPES), _CHOICES)
-    kv = TYPES[GGUF, options.kv or DEFAULT_KV]
-    if kv.block_size > 1 and options.flash_attention is False:
-        raise FoxEdgeError(f"--flash-attention off: a KV cache of {kv.name} needs it on")
-    if not kv.holds(config.head_dim):
+def check_options(options: SessionOptions) -> None:
+    """Raises FoxEdgeError for choices that llama.cpp does not have, or not together."""
+    check_choices(options, "llama.cpp", tuple(KV_TYPES[GGUF]), _CHOICES)
+    if options.kv not in (None, DEFAULT_KV) and options.flash_attention is False:
+        raise FoxEdgeError(f"--flash-attention off: a KV cache of {options.kv} needs it on")
+
+
+def check_kv_blocks(options: SessionOptions, config: FoxConfig) -> None:
+    """Raises FoxEdgeError when a head of this model is no whole number of the KV cache's blocks."""
+    kv = options.kv or DEFAULT_KV
+    block, _ = KV_TYPES[GGUF][kv]
+    if config.head_dim % block:
         raise FoxEdgeError(
-            f"--kv {kv.name}: heads of {config.head_dim} values are no whole blocks of {kv.block_size}; "
-            f"use {DEFAULT_KV}"
+            f"--kv {kv}: heads of {config.head_dim} values are no whole blocks of {block}; use {DEFAULT_KV}"
         )
 
 
@@ -48,7 +51,7 @@ def choose_for_context(params: Any, options: SessionOptions) -> None:
     params.n_threads_batch = options.prompt_threads or params.n_threads
     flash = options.flash_attention
     if options.kv is not None:
-        params.type_k = params.type_v = KV_TYPES[options.kv]
+        params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{options.kv.upper()}")
         if options.kv != DEFAULT_KV:
             flash = True  # left to itself llama.cpp may choose off, and then refuses the cache
     if flash is not None:

@@ -18,9 +18,9 @@ import llama_cpp.llama_cpp as lib
 
 from fox_edge.artifact import Artifact, TensorRecord
 from fox_edge.config import FoxConfig
-from fox_edge.quant import EMBEDDING, GGUF, TYPES
+from fox_edge.quant import EMBEDDING, GGUF
 from runtimes.base import SessionOptions
-from runtimes.llama_cpp_choices import DEFAULT_KV
+from runtimes.kv_types import kv_bytes_per_position
 from runtimes.memory import MemoryNeed
 
 # llama.cpp makes room for positions in steps of so many.
@@ -30,7 +30,7 @@ _BUFFER_AT = 8  # offset of the field `buffer` in struct ggml_tensor, behind its
 _SCRATCH = 1 << 14  # bytes that hold three tensors' descriptions
 _F32 = 0
 # What the model and its context take beside weights and tensors.
-_FIXED = 6 << 20
+_FIXED = 9_000_000
 # Bytes per piece of the vocabulary: texts, scores, and the table that finds a piece by its text.
 _PIECE = 167
 
@@ -41,18 +41,28 @@ def memory_need(artifact: Artifact, config: FoxConfig, options: SessionOptions, 
     copied = 0
     if options.repack is not False:
         copied = sum(copied_bytes(t, config.tied) for t in artifact.manifest.tensors)
-    conversations = options.conversations
+    conversations, tokens = options.conversations, min(batch, options.context or batch)
+    cache = kv_bytes_per_position(config, GGUF, options.kv)
     return MemoryNeed(
         weights=stored + copied,
-        buffers=_FIXED + _PIECE * config.vocab_size + conversations * _activations(config, batch),
-        per_position=conversations * kv_bytes_per_position(config, options.kv or DEFAULT_KV),
+        buffers=_FIXED + _PIECE * config.vocab_size + conversations * _activations(config, tokens),
+        per_position=conversations * cache,
+        scratch_per_position=conversations * _scores(config, tokens, options.flash_attention),
         step=CONTEXT_STEP,
     )
 
 
-def kv_bytes_per_position(config: FoxConfig, kv: str) -> int:
-    """Bytes of keys and values of one position, all layers, as a type of ggml's stores them."""
-    return 2 * config.num_layers * TYPES[GGUF, kv].row_bytes("KV cache", config.kv_dim)
+def _activations(config: FoxConfig, tokens: int) -> int:
+    """Bytes of a batch's intermediate results, and of what products are computed from."""
+    return 4 * tokens * (2 * config.intermediate_size + 4 * config.hidden_size)
+
+
+def _scores(config: FoxConfig, tokens: int, flash_attention: bool | None) -> int:
+    """Bytes per position of what a batch's attention holds.
+
+    In one pass a mask in float16; else a mask in float32 and every head's scores.
+    """
+    return tokens * (4 * (1 + config.num_heads) if flash_attention is False else 2)
 
 
 def copied_bytes(tensor: TensorRecord, tied: bool) -> int:
@@ -61,11 +71,6 @@ def copied_bytes(tensor: TensorRecord, tied: bool) -> int:
     if len(tensor.shape) != 2 or (tensor.name == EMBEDDING and not tied):
         return 0
     return _packed_bytes(tensor.type, *tensor.shape)
-
-
-def _activations(config: FoxConfig, batch: int) -> int:
-    """Bytes of a batch's intermediate results, and of what products are computed from."""
-    return 4 * batch * (2 * config.intermediate_size + 4 * config.hidden_size)
 
 
 @cache

@@ -14,6 +14,7 @@ from pathlib import Path
 from fox_edge.errors import NotEnoughMemoryError
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 # The control groups of this process, and where the groups are.
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -27,31 +28,46 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "
 class MemoryNeed:
     """Bytes that a session takes: weights and buffers in any case, and so much per position of context.
 
-    Positions come in whole steps of `step`.
+    `per_position` is the KV cache's, `scratch_per_position` what attention holds beside it; the cache has
+    room for positions in whole steps of `step`.
     """
 
     weights: int
     buffers: int
     per_position: int
+    scratch_per_position: int = 0
     step: int = 1
 
     def cache(self, positions: int) -> int:
         """Bytes of the KV cache at a context of so many positions."""
         return -(-positions // self.step) * self.step * self.per_position
 
+    def scratch(self, positions: int) -> int:
+        """Bytes of all buffers at a context of so many positions."""
+        return self.buffers + self.scratch_per_position * positions
+
     def total(self, positions: int) -> int:
         """Bytes at a context of so many positions."""
-        return self.weights + self.buffers + self.cache(positions)
+        return self.weights + self.scratch(positions) + self.cache(positions)
 
-    def most(self, available: int) -> int:
-        """The longest context that this much memory holds; 0 or less when none does."""
-        return (available - self.total(0)) // max(1, self.per_position) // self.step * self.step
+    def fitting(self, available: int, limit: int) -> int:
+        """The longest context, of at most `limit`, that this much memory holds; 0 when none does."""
+        each = max(1, self.per_position + self.scratch_per_position)
+        steps = (available - self.total(0)) // (each * self.step)
+        return max(0, min(limit, steps * self.step))
 
 
 def available_bytes() -> int | None:
     """Memory that this process can take without anything else going: what the system has left, or what its
     container may still have, whichever is less. None where the system does not tell."""
     return min([*_system(), *_containers()], default=None)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, mapped files included; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return sum(_numbers(_STATUS, "VmRSS:", 1024))
+    return 0
 
 
 def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) -> int:
@@ -63,13 +79,13 @@ def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) 
     available = available_bytes()
     if available is None or need.total(wanted) <= available:
         return wanted
-    most = min(limit, need.most(available))
+    most = need.fitting(available, limit)
     if asked is None and most > 0:
         return most
     fits = f"a context of {most} would fit" if most > 0 else "no context would fit"
     raise NotEnoughMemoryError(
         f"{what}: a context of {wanted} tokens takes {_mb(need.weights)} of weights + "
-        f"{_mb(need.cache(wanted))} of KV cache + {_mb(need.buffers)} of buffers = "
+        f"{_mb(need.cache(wanted))} of KV cache + {_mb(need.scratch(wanted))} of buffers = "
         f"{_mb(need.total(wanted))}, but {_mb(available)} of memory are available; {fits}"
     )
 

@@ -117,17 +117,8 @@ class ForeignOnnx:
             tie=tie,
         )
 
-    def inspect(self, context: int | None = None) -> dict[str, Any]:
-        """The same keys as `fox_edge.inspection.inspect`; constants have the graph's own names.
-
-        Raises ArtifactError when the context is longer than the model's.
-        """
-        context = self.context if context is None else context
-        if context > self.context:
-            raise ArtifactError(
-                f"{self.path}: a context of {context} was asked for, but the model has {self.context}"
-            )
-        kv = self.interface.kv_bytes_per_position * context
+    def inspect(self) -> dict[str, Any]:
+        """The same keys as `fox_edge.inspection.inspect`; constants have the graph's own names."""
         tie = "no embedding or no head was found in the graph" if self.tie is None else self.tie.sentence()
         return {
             "target": str(self.path),
@@ -143,12 +134,6 @@ class ForeignOnnx:
                 {"name": w.name, "shape": list(w.shape), "type": w.type, "bytes": w.bytes, "reason": None}
                 for w in self.weights
             ],
-            "memory": {
-                "context": context,
-                "weights_bytes": self.weight_bytes,
-                "kv_bytes": kv,
-                "total_bytes": self.weight_bytes + kv,
-            },
         }
 
     @property

@@ -18,7 +18,7 @@ from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, M
 from fox_edge.processors import physical_cores
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, SharingSession, check_choices, check_tokens
 from runtimes.memory import MemoryNeed, fitting_context
-from runtimes.onnx_foreign import ForeignOnnx
+from runtimes.onnx_foreign import ForeignOnnx, Interface
 
 try:
     import onnxruntime as ort
@@ -41,8 +41,6 @@ class ForeignSession:
 
     def __init__(self, foreign: ForeignOnnx, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
-        kv_type = np.dtype(foreign.interface.kv_type).name
-        check_choices(options, "another tool's graph", (kv_type,))
         if options.context is not None and not 0 < options.context <= foreign.context:
             raise ContextOverflowError(
                 f"a context of {options.context} positions was asked for; this model has 1 to "
@@ -51,18 +49,23 @@ class ForeignSession:
         self._path, self._graph = foreign.model_path, foreign.interface
         self.vocab_size = self._graph.vocab_size
         self.length = 0
-        all_rows = not self._graph.last_only and self._graph.keep is None
-        row_bytes = self.vocab_size * np.dtype(self._graph.logits_type).itemsize
-        self._chunk = min(PREFILL_CHUNK, max(1, MAX_LOGITS_BYTES // row_bytes)) if all_rows else PREFILL_CHUNK
-        # Keys and values that are made anew lie beside the old ones for a moment.
-        per_position = self._graph.kv_bytes_per_position * (1 if self._graph.shared else 2)
-        buffers = self._chunk * row_bytes if all_rows else row_bytes
-        need = MemoryNeed(foreign.weight_bytes, buffers, per_position)
+        self._chunk = _chunk(self._graph)
+        need = self.need(foreign, options)
         self.context = fitting_context(need, options.context, foreign.context, str(foreign.path))
         self._session: Any = self._open(options.threads or physical_cores())
         self._past: list[Any] = []
         self._past_length = 0
         self._empty_cache()
+
+    @staticmethod
+    def need(foreign: ForeignOnnx, options: SessionOptions) -> MemoryNeed:
+        """What it takes to open this; raises FoxEdgeError for choices that do not go."""
+        graph = foreign.interface
+        check_choices(options, "another tool's graph", (np.dtype(graph.kv_type).name,))
+        # Keys and values that are made anew lie beside the old ones for a moment.
+        per_position = graph.kv_bytes_per_position * (1 if graph.shared else 2)
+        buffers = _row_bytes(graph) * (_chunk(graph) if _all_rows(graph) else 1)
+        return MemoryNeed(foreign.weight_bytes, buffers, per_position)
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Append tokens to the cache in chunks; logits (vocab,) after the last."""
@@ -208,3 +211,19 @@ class ForeignSession:
             self._past, self._past_length = present_values, total
         self.length = total
         return rows[0].astype(np.float32, copy=False)
+
+
+def _all_rows(graph: Interface) -> bool:
+    """Whether logits of every token that is fed come back."""
+    return not graph.last_only and graph.keep is None
+
+
+def _row_bytes(graph: Interface) -> int:
+    return graph.vocab_size * np.dtype(graph.logits_type).itemsize
+
+
+def _chunk(graph: Interface) -> int:
+    """Tokens of a prompt that run at once."""
+    if not _all_rows(graph):
+        return PREFILL_CHUNK
+    return min(PREFILL_CHUNK, max(1, MAX_LOGITS_BYTES // _row_bytes(graph)))

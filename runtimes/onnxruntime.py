@@ -23,6 +23,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
+from fox_edge.quant import ONNX
 from runtimes.base import (
     SCORE_CHUNK,
     Logits,
@@ -31,6 +32,7 @@ from runtimes.base import (
     check_choices,
     check_tokens,
 )
+from runtimes.kv_types import KV_TYPES, default_kv, kv_bytes_per_position
 from runtimes.mapped_pages import drop_pages, trim_heap
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
@@ -42,8 +44,6 @@ from runtimes.onnx_rewrite import quantize_kv, set_accuracy_level
 
 # Tokens of a prompt that run at once: bounds the activations, long enough for the fast matrix kernels.
 PREFILL_CHUNK = 256
-# What the KV cache may store, and the bytes of one number of it.
-KV_BYTES = {"float32": 4, "int8": 1}
 # Matrices (chunk, widest) of float32 that live at once in a layer, those that the allocator holds back too.
 _ACTIVATIONS = 6
 
@@ -62,10 +62,10 @@ class OnnxSession:
             raise ContextOverflowError(
                 f"a context of {options.context} positions was asked for; this model has 1 to {limit}"
             )
-        check_choices(options, "onnxruntime", tuple(KV_BYTES), takes=("accuracy_level",))
-        kv = options.kv or "float32"
+        check_choices(options, "onnxruntime", tuple(KV_TYPES[ONNX]), takes=("accuracy_level",))
+        kv = options.kv or default_kv(ONNX)
         graph = read_artifact_graph(artifact)
-        need = memory_need(artifact, graph, KV_BYTES[kv])
+        need = memory_need(artifact, graph, options)
         self.context = fitting_context(need, options.context, limit, str(artifact.path))
         self._begin(_open(artifact, graph, kv, options))
 
@@ -82,6 +82,12 @@ class OnnxSession:
         self._keep = np.ones((), np.int64)
         self._logits = np.empty((1, self.vocab_size), np.float32)
         self._bind("logits_to_keep", self._keep, ())
+
+    @staticmethod
+    def need(artifact: Artifact, options: SessionOptions) -> MemoryNeed:
+        """What it takes to open this, told from headers; raises FoxEdgeError for choices that do not go."""
+        check_choices(options, "onnxruntime", tuple(KV_TYPES[ONNX]), takes=("accuracy_level",))
+        return memory_need(artifact, read_artifact_graph(artifact), options)
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Append tokens to the cache in chunks; logits (vocab,) after the last."""
@@ -180,7 +186,7 @@ class OnnxSession:
         self.length += count
 
 
-def memory_need(artifact: Artifact, graph: onnx.ModelProto, kv_value_bytes: int) -> MemoryNeed:
+def memory_need(artifact: Artifact, graph: onnx.ModelProto, options: SessionOptions) -> MemoryNeed:
     """What a session of this graph takes: packed matrices, the other weights, activations, KV cache."""
     config = FoxConfig.read(artifact.path / "config.json")
     # A tied matrix has several names for the same bytes: files are counted, not tensors.
@@ -189,7 +195,7 @@ def memory_need(artifact: Artifact, graph: onnx.ModelProto, kv_value_bytes: int)
     return MemoryNeed(
         weights=stored + sum(slot.size - slot.raw for slot in lay_out(graph)),
         buffers=4 * (_ACTIVATIONS * PREFILL_CHUNK * widest + SCORE_CHUNK * config.vocab_size),
-        per_position=config.kv_bytes_per_token // 2 * kv_value_bytes,
+        per_position=options.conversations * kv_bytes_per_position(config, ONNX, options.kv),
     )
 
 

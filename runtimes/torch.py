@@ -15,15 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fox_edge.errors import FoxEdgeError
+from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.model import Fox, KVCache
 from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, SharingSession, check_choices, check_tokens
+from runtimes.kv_types import TORCH, kv_bytes_per_position
+from runtimes.memory import MemoryNeed, fitting_context
 
 if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
+    from fox_edge.config import FoxConfig
 
 # Tokens of a prompt that run at once: bounds the attention mask and activations, costs no speed.
 PREFILL_CHUNK = 512
+# What loading holds of the checkpoint's file at a time.
+_READ_BYTES = 32 << 20
 
 
 class TorchSession:
@@ -43,17 +48,34 @@ class TorchSession:
         model: Fox | None = None,
     ) -> None:
         options = options or SessionOptions()
-        check_choices(options, "PyTorch", (str(dtype).removeprefix("torch."),))
+        check_choices(options, "PyTorch", (_name(dtype),))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         config = source.config
-        self.context = config.max_positions if options.context is None else options.context
+        most = config.max_positions
+        if options.context is not None and not 0 < options.context <= most:
+            raise ContextOverflowError(
+                f"a context of {options.context} positions was asked for, but 1 to {most} exist"
+            )
+        self.context = most if options.context is None else options.context
+        if device == "cpu":
+            need = self.need(source, options, dtype)
+            self.context = fitting_context(need, options.context, most, "the checkpoint in PyTorch")
         self.vocab_size = config.vocab_size
-        # The cache first: a context that is too long is refused before gigabytes are read.
         self._cache = KVCache(config, positions=self.context, dtype=dtype, device=_device(device))
         self._device = self._cache.keys.device
         self._opened = (source, replace(options, context=self.context), dtype, device)
         self._model: Fox | None = model or source.load_model(dtype=dtype, device=device).eval()
+
+    @staticmethod
+    def need(source: Checkpoint, options: SessionOptions, dtype: torch.dtype = torch.bfloat16) -> MemoryNeed:
+        """What it takes to open this on the CPU, told from headers."""
+        check_choices(options, "PyTorch", (_name(dtype),))
+        return MemoryNeed(
+            weights=dtype.itemsize * source.config.num_parameters(),
+            buffers=_buffers(source.config),
+            per_position=kv_bytes_per_position(source.config, TORCH, _name(dtype)),
+        )
 
     @property
     def length(self) -> int:
@@ -124,6 +146,16 @@ class TorchSession:
         with torch.inference_mode():
             logits = self._model.logits(hidden).float().cpu().numpy()
         return np.ascontiguousarray(logits)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _buffers(config: FoxConfig) -> int:
+    """Bytes of a chunk's intermediate results, and of the pages of the checkpoint that are being read."""
+    widest = 4 * config.hidden_size + 3 * config.intermediate_size
+    return 4 * (PREFILL_CHUNK * widest + config.vocab_size) + _READ_BYTES
 
 
 def _device(name: str) -> torch.device:
