@@ -1,0 +1,268 @@
+"""The engine: one thread that owns the model, and lets several answers grow side by side.
+
+Every round, each answer that has begun gets one token, and one prompt that has not been read yet gets a part
+run: so a long prompt holds nobody up for longer than that part takes. Each token is computed as it would be
+alone, hence an answer does not depend on who else is asking. (A runtime that decodes several conversations at
+once would take the place of `_round`, and of nothing else.)
+
+Knows sessions, tokens and a clock. Does not know text, HTTP, or who reads an answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import say
+from runtimes.base import SharingSession
+from runtimes.generate import Constraint, FinishReason, Logprobs, Sampling
+from runtimes.server.metrics import Metrics
+from runtimes.server.slots import CHUNK, Slot, Slots
+
+# Why an answer ended: by itself (generate.FinishReason), or because its reader had enough ("read"), hung up
+# ("cancelled"), it took too long ("timeout"), the server stopped ("shutdown"), or the model failed ("error").
+Ending = FinishReason | Literal["read", "cancelled", "timeout", "shutdown", "error"]
+
+
+class QueueFull(FoxEdgeError):
+    """More requests than may wait."""
+
+
+class ShuttingDown(FoxEdgeError):
+    """A request that came after the server was told to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an answer ended. `completion_tokens` counts those that were handed to the reader."""
+
+    ending: Ending
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+
+
+class Reader(Protocol):
+    """Who an answer is for. Called on the engine's thread, so it must not take long."""
+
+    def token(self, token: int, logprobs: Logprobs | None) -> bool:
+        """One more token; False when no more are wanted."""
+        ...
+
+    def ended(self, outcome: Outcome) -> None:
+        """The answer is over; called exactly once, after the last token."""
+        ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt, how to go on from it, and who reads the answer."""
+
+    prompt: list[int]
+    reader: Reader
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Collection[int] = ()
+    max_tokens: int | None = None
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    timeout_s: float | None = None
+    submitted_s: float = 0.0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Nobody reads any more: the slot is free before the next token. From any thread."""
+        self.cancelled = True
+
+
+class Engine:
+    """Runs jobs on `slots` conversations of one model; up to `queue` more wait.
+
+    The session is the engine's own from here on; `close` closes it.
+    """
+
+    def __init__(
+        self,
+        session: SharingSession,
+        slots: int,
+        queue: int,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.context, self.vocab_size = session.context, session.vocab_size
+        self.metrics = metrics or Metrics()
+        self._slots = Slots(session, slots)
+        self._queue_limit, self._clock = queue, clock
+        self._waiting: deque[Job] = deque()
+        self._running: dict[Slot, Job] = {}  # in order of arrival
+        self._wake = threading.Condition()
+        self._closing = False
+        self._grace_ends_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def slots(self) -> int:
+        """How many answers can grow at once."""
+        return len(self._slots.all)
+
+    @property
+    def busy(self) -> int:
+        """How many do."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Have a job run; from any thread. Raises QueueFull, and ShuttingDown after `drain`."""
+        with self._wake:
+            if self._closing:
+                raise ShuttingDown("the server is shutting down")
+            if len(self._waiting) >= self._queue_limit and self.busy + self.queued >= self.slots:
+                raise QueueFull(
+                    f"{self.busy} answers are being written and {self.queued} requests wait already, "
+                    f"but at most {self._queue_limit} may"
+                )
+            job.submitted_s = self._clock()
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more jobs, tell those that wait, give running answers so long to end; returns at once."""
+        with self._wake:
+            self._closing = True
+            self._grace_ends_s = self._clock() + grace_s
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End everything that is left and free the model. The engine must have been started."""
+        self.drain(0)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._running or self._closing):
+                    self._wake.wait()
+                if self._closing and not self._running and not self._waiting:
+                    break
+            self._sweep()
+            self._admit()
+            self._round()
+        self._slots.close()
+
+    def _sweep(self) -> None:
+        """End what need not go on: nobody reads it, its time is up, or the server stops."""
+        now = self._clock()
+        over = self._grace_ends_s is not None and now >= self._grace_ends_s
+        for slot, job in list(self._running.items()):
+            if ending := _interrupted(job, now, over):
+                self._end(job, ending, slot)
+        with self._wake:
+            waiting = list(self._waiting)
+            endings = [_interrupted(job, now, self._closing) for job in waiting]
+            self._waiting = deque(job for job, e in zip(waiting, endings, strict=True) if not e)
+        for job, ending in zip(waiting, endings, strict=True):
+            if ending:
+                self._end(job, ending)
+
+    def _admit(self) -> None:
+        """Give waiting jobs the slots that are free."""
+        while free := [slot for slot in self._slots.all if slot not in self._running]:
+            with self._wake:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            try:
+                slot = self._slots.take(job.prompt, free)
+                slot.generation = slot.cache.generate(
+                    job.prompt,
+                    job.sampling,
+                    job.stop_ids,
+                    job.max_tokens,
+                    constraint=job.constraint,
+                    logprobs=job.logprobs,
+                )
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            self._running[slot] = job
+            self.metrics.prompt(slot.cache.prompt_tokens, slot.cache.reused_tokens)
+
+    def _round(self) -> None:
+        """One token for every answer, and a part of one prompt: of the one that came first."""
+        prompt_run = False
+        for slot, job in list(self._running.items()):
+            assert slot.generation is not None
+            try:
+                if not slot.generation.tokens:
+                    if prompt_run:
+                        continue
+                    prompt_run = True
+                    if slot.generation.feed(CHUNK):
+                        continue
+                self._step(slot, job)
+            except Exception as error:
+                self._fail(job, error, slot)
+
+    def _step(self, slot: Slot, job: Job) -> None:
+        """One token of one answer."""
+        generation = slot.generation
+        assert generation is not None
+        token = next(generation, None)
+        if token is None:
+            assert generation.finish_reason is not None
+            self._end(job, generation.finish_reason, slot)
+            return
+        now = self._clock()
+        if len(generation.tokens) == 1:
+            self.metrics.first_token(now - job.submitted_s)
+        else:
+            self.metrics.token(now - slot.last_token_s)
+        slot.last_token_s = now
+        logprobs = generation.logprobs[-1] if job.logprobs is not None else None
+        if not job.reader.token(token, logprobs):
+            self._end(job, "read", slot)
+
+    def _fail(self, job: Job, error: Exception, slot: Slot | None = None) -> None:
+        """A model that failed, or a job that it refuses: this answer ends, the others go on."""
+        if not isinstance(error, FoxEdgeError):
+            say("".join(traceback.format_exception(error)))
+        if slot is not None:
+            slot.cache.reset()
+        message = (
+            str(error) if isinstance(error, FoxEdgeError) else f"internal error ({type(error).__name__})"
+        )
+        self._end(job, "error", slot, message)
+
+    def _end(self, job: Job, ending: Ending, slot: Slot | None = None, error: str | None = None) -> None:
+        """Free the slot and tell the reader."""
+        cached = made = 0
+        if slot is not None:
+            assert slot.generation is not None
+            cached, made = slot.cache.reused_tokens, len(slot.generation.tokens)
+            slot.generation = None
+            self._running.pop(slot, None)
+        self.metrics.answer(ending)
+        job.reader.ended(Outcome(ending, len(job.prompt), cached, made, error))
+
+
+def _interrupted(job: Job, now: float, stopping: bool) -> Ending | None:
+    """Why a job shall not go on, if it shall not."""
+    if job.cancelled:
+        return "cancelled"
+    if job.timeout_s is not None and now - job.submitted_s >= job.timeout_s:
+        return "timeout"
+    return "shutdown" if stopping else None
