@@ -127,9 +127,8 @@ def _check_format(fields: dict[str, Any], path: Path) -> None:
     if fields.get("format") != FORMAT:
         raise ConversationError(f"{path}: is no conversation (it has no format '{FORMAT}')")
     if type(fields.get("version")) is not int or fields["version"] != VERSION:
-        raise ConversationError(
-            f"{path}: version {str(fields.get('version'))[:20]}, but version {VERSION} is read here"
-        )
+        given = _quoted(fields["version"]) if "version" in fields else "missing"
+        raise ConversationError(f"{path}: version is {given}, but {VERSION} is read here")
 
 
 def _messages(value: Any, path: Path) -> list[tuple[str, str]]:

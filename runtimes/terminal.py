@@ -59,8 +59,8 @@ class Terminal:
                 return
 
     def remark(self, text: str) -> None:
-        """Something that is not the model's, in brackets, on stderr."""
-        text = f"({text})".translate(_PICTURES)
+        """Something that is not the model's, on stderr; a single line in brackets."""
+        text = (text if "\n" in text else f"({text})").translate(_PICTURES)
         self._err.write(f"{_DIM}{text}{_PLAIN}\n" if self._colors else f"{text}\n")
         self._err.flush()
 
