@@ -130,10 +130,10 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise ShuttingDown("the server is shutting down")
-            if len(self._waiting) >= self._queue_limit and self.busy + self.queued >= self.slots:
+            if self.busy + self.queued >= self.slots + self._queue_limit:
                 raise QueueFull(
                     f"{self.busy} answers are being written and {self.queued} requests wait already, "
-                    f"but at most {self._queue_limit} may"
+                    f"but only {self.slots} + {self._queue_limit} are taken"
                 )
             job.submitted_s = self._clock()
             self._waiting.append(job)

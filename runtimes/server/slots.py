@@ -52,8 +52,9 @@ class Slots:
         """
         self._uses += 1
         shared = {slot: slot.cache.shared(prompt) for slot in self.all}
-        slot = max(free, key=lambda slot: (shared[slot], -slot.last_used))
-        if shared[slot] < _WORTH_TAKING * len(slot.cache.held()):
+        held = {slot: len(slot.cache.held()) for slot in free}
+        slot = max(free, key=lambda slot: (shared[slot], -held[slot]))
+        if shared[slot] < _WORTH_TAKING * held[slot]:
             slot = min(free, key=lambda slot: slot.last_used)
         source = max(self.all, key=lambda other: shared[other])
         if shared[source] > shared[slot]:
