@@ -1,4 +1,4 @@
-"""What a GGUF says of its model holds together, or one sentence says what does not, before llama.cpp looks."""
+"""What a GGUF says of its model holds together, or one sentence says what does not."""
 
 from __future__ import annotations
 
