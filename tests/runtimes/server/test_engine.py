@@ -91,7 +91,9 @@ def test_two_long_prompts_are_read_one_after_the_other(engine: Engine, family: F
 
 def test_more_than_may_wait_are_refused_with_the_numbers(engine: Engine) -> None:
     waiting = [ask(engine, [n])[0] for n in range(4)]  # not started: nobody is served yet
-    with pytest.raises(QueueFull, match=r"0 answers .* and 4 requests wait already, but only 2 \+ 2 are taken"):
+    with pytest.raises(
+        QueueFull, match=r"0 answers .* and 4 requests wait already, but only 2 \+ 2 are taken"
+    ):
         ask(engine, [3])
     engine.start()
     assert [listener.outcome.ending for listener in waiting] == ["length"] * 4
