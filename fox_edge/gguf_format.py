@@ -31,12 +31,17 @@ MAX_KEYS = 1 << 12
 MAX_NAME_BYTES = 1 << 16
 MAX_STRING_BYTES = 16 << 20
 MAX_HEADER_BYTES = 256 << 20
+# In all arrays: four times the largest vocabulary in use. Each is walked over in Python.
+MAX_TEXTS = 1 << 20
 MAX_DIMENSIONS = 4
 
 # GGUF value type -> struct code; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 TYPE_WORDS = {4: "uint32", 5: "int32", 6: "float32", 7: "bool", 8: "text", 9: "array"}
+
+# Before every text: its bytes.
+_LENGTH = struct.Struct("<Q")
 
 _FIXED_NAMES = {
     EMBEDDING: "token_embd.weight",
@@ -104,6 +109,7 @@ class _Cursor:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
         self.end = min(len(data), MAX_HEADER_BYTES)
+        self.texts = 0
 
     def error(self, what: str) -> ArtifactError:
         return ArtifactError(f"{self.path}: damaged GGUF header at byte {self.at}: {what}")
@@ -156,13 +162,26 @@ class _Cursor:
         if kind in _SCALARS:
             self.skip(length * struct.calcsize("<" + _SCALARS[kind]))
         elif kind == STRING:
-            if length > (self.end - self.at) // 8:
-                raise self.error(f"an array of {length} texts, but the file has {len(self.data)} bytes")
-            for _ in range(length):
-                self.skip(self.count("bytes of text", MAX_STRING_BYTES))
+            self.texts += length
+            if self.texts > min(MAX_TEXTS, (self.end - self.at) // 8):
+                raise self.error(
+                    f"an array of {length} texts, but the file has {len(self.data)} bytes, and at most "
+                    f"{MAX_TEXTS} texts are read"
+                )
+            self._skip_texts(length)
         else:
             raise self.error(f"an array of value type {kind}")
         return ArrayInfo(kind, length, start)
+
+    def _skip_texts(self, count: int) -> None:
+        """Step over so many texts: `count` and `skip` in one loop, as a vocabulary has 256,000."""
+        size_at, data, end, at = _LENGTH.unpack_from, self.data, self.end - 8, self.at
+        for _ in range(count):
+            size = size_at(data, at)[0] if at <= end else 0
+            self.at, at = at, at + 8 + size
+            if size > MAX_STRING_BYTES or at > end + 8:
+                raise self.error(f"{size} bytes of text are due, but the file has {len(self.data)}")
+        self.at = at
 
 
 def read_header(path: Path) -> Header:
@@ -258,9 +277,9 @@ def _place(
 
 def array_texts(data: mmap.mmap, info: ArrayInfo) -> Iterator[bytes]:
     """The elements of an array of strings that `parse_header` has walked through."""
-    length, at = struct.Struct("<Q").unpack_from, info.start
+    size_at, at = _LENGTH.unpack_from, info.start
     for _ in range(info.length):
-        size = length(data, at)[0]
+        size = size_at(data, at)[0]
         yield data[at + 8 : at + 8 + size]
         at += 8 + size
 
