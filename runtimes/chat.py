@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # once some of them had to go: enough room for several turns, so that not every turn runs everything anew.
 _ANSWER_SHARE = 4
 _KEPT_SHARE = 2
+# Tokens of a prompt that run before progress is told.
+_PROMPT_PART = 512
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Chat:
         StopStrings(stops)  # refuses bad ones
         self.session, self.tokenizer, self.stops = session, tokenizer, tuple(stops)
         self.system, self.sampling, self.max_tokens = system, sampling, max_tokens
+        # Told while a long prompt runs: how many of its tokens are done, of how many.
+        self.progress: Callable[[int, int], None] = lambda done, total: None
         self.turns: list[Turn] = []
         self.reply: Reply | None = None
         self.run_tokens = self.reused_tokens = 0  # of all prompts so far
@@ -213,6 +217,7 @@ class Chat:
         """Decode tokens as they come; leave the history right however this ends."""
         said, stops, start = list(turn.tokens), StopStrings(self.stops), time.monotonic()
         try:
+            self._read(generation, reply.run_tokens)
             for piece in self._pieces(generation, said, stops):
                 if reply.first_s is None:
                     reply.first_s = time.monotonic() - start
@@ -225,6 +230,17 @@ class Chat:
                 # An interrupt may come between any two steps: only the tokens tell what was said.
                 answer = self._text(said, reply.finish_reason)
                 self.turns = [*before, Turn(turn.question, answer, tuple(said), first, reply.finish_reason)]
+
+    def _read(self, generation: Generation, total: int) -> None:
+        """Run all of a prompt but its last part, and tell how far it is."""
+        try:
+            done = 0
+            self.progress(done, total)
+            while generation.feed(_PROMPT_PART):
+                done += _PROMPT_PART
+                self.progress(done, total)
+        finally:
+            self.progress(total, total)
 
     def _pieces(self, generation: Generation, said: list[int], stops: StopStrings) -> Iterator[str]:
         """The text of the tokens, which are added to `said`, up to a stop string."""

@@ -58,6 +58,7 @@ class ChatModel:
         try:
             if not all(type(value) in (int, float) for value in wishes.values()):
                 raise FoxEdgeError("its values are not all numbers")
+            wishes = {name: float(value) for name, value in wishes.items()}
             wishes["top_k"] = int(wishes.get("top_k", 0))
             return Sampling(**wishes), None
         except (FoxEdgeError, OverflowError, ValueError) as error:

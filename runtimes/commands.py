@@ -17,6 +17,9 @@ from runtimes.chat_stats import sampling_words, stats_lines
 from runtimes.conversation import Conversation, load, save
 from runtimes.generate import Sampling
 
+# Names that other chats have taught their users; not in the help.
+_ALIASES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/continue": "/more"}
+
 Result = str | Generator[str] | None
 
 
@@ -57,6 +60,7 @@ class Commands:
         Raises FoxEdgeError for what cannot be done; the conversation is then as it was.
         """
         name, _, rest = line.strip().partition(" ")
+        name = _ALIASES.get(name, name)
         if name not in self._table:
             near = difflib.get_close_matches(name, self._table, 1)
             known = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._table)}"

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from runtimes.base import Session, SessionOptions
@@ -24,7 +25,7 @@ from runtimes.chat import Chat
 from runtimes.chat_model import ChatModel, find_chat_model
 from runtimes.chat_stats import memory_words, reply_json, sampling_words
 from runtimes.generate import Sampling
-from runtimes.terminal import HINT, Terminal, reader
+from runtimes.terminal import HINT, Reading, Terminal, reader
 
 # More than fits any context, and little enough to hold.
 _MAX_STDIN_BYTES = 64 << 20
@@ -58,6 +59,9 @@ def talk(
     asked = "" if interactive else whole_question(question, read_piped())
     tokenizer = model.tokenizer()
     notes = [*model.notes, *(note for note in tokenizer.notes if note not in model.notes)]
+    # An export carries the format that it fell back to like a template of the checkpoint's own.
+    if tokenizer.chat_template == FOX_TEMPLATE and not any("chat template" in note for note in notes):
+        notes.append("the checkpoint came without a chat template; Fox's own format is used")
     sampling, remark = _sampling(model, wishes.sampling or {})
     for note in (*notes, *([remark] if remark else [])):
         say(f"note: {note}")
@@ -65,6 +69,7 @@ def talk(
     with contextlib.closing(model.open(options)) as session:
         load_s = time.monotonic() - start
         chat = Chat(session, tokenizer, wishes.system, sampling, wishes.max_tokens, wishes.stops)
+        chat.progress = Reading()
         if interactive:
             say(_headline(model, session, sampling))
             say(HINT)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from typing import TextIO
 
 from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import Progress
 from runtimes.chat import Chat
 from runtimes.commands import Commands
 
@@ -119,6 +120,21 @@ class Terminal:
     def _end_line(self) -> None:
         self._out.write("\n")
         self._out.flush()
+
+
+class Reading:
+    """Progress on a long prompt, for Chat.progress: a line on stderr that goes when the prompt is read."""
+
+    def __init__(self) -> None:
+        self._line: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` tokens are run."""
+        self._line = self._line or Progress("reading the prompt")
+        self._line.update(done, total)
+        if done >= total:
+            self._line.__exit__(None, None, None)
+            self._line = None
 
 
 def wants_colors(stream: TextIO) -> bool:

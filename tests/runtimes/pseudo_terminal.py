@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import termios
 import time
@@ -39,6 +40,18 @@ class PseudoTerminal:
     def send(self, text: str) -> None:
         """Type."""
         os.write(self._file, text.encode())
+
+    def interrupt(self, text: str) -> None:
+        """Type Ctrl-C and wait for this text; the process must have a handler for SIGUSR1.
+
+        A signal that comes just before a process waits for input is seen only when the next one comes.
+        """
+        self.send("\x03")
+        end = time.monotonic() + _DEADLINE_S
+        while text.encode() not in self._seen[self._read :] and time.monotonic() < end:
+            os.kill(self._pid, signal.SIGUSR1)
+            self._more(0.05)
+        self.expect(text)
 
     def answer(self, prompt: str, text: str) -> None:
         """Type a line when the prompt is there."""

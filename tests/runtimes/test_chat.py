@@ -261,6 +261,28 @@ def test_a_question_never_listened_to_leaves_no_trace(fox: Tokenizer) -> None:
     assert [t.question for t in chat.turns] == ["a", "b"]
 
 
+def test_a_long_prompt_tells_how_far_it_is_and_may_be_interrupted(fox: Tokenizer) -> None:
+    session = parrot(fox, "no", "no", "one")
+    chat, told = Chat(session, fox), []
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+        if told == [(0, total), (512, total)]:
+            raise KeyboardInterrupt
+
+    chat.progress = progress
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, "fox " * 600)
+    assert chat.turns == [] and session.length == 512
+    total = told[0][1]
+    assert told[-1] == (total, total) and total > 1024
+    session.inner.script = [0, *fox.encode_on("one"), fox.eos_id]  # type: ignore[attr-defined]
+    assert say(chat, "fox " * 600) == "one"
+    # What was run before the interrupt was not in vain.
+    assert chat.reply is not None and chat.reply.reused_tokens == 512
+    assert session.ran == session.length
+
+
 # --- a full context ------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +19,7 @@ from export.gguf import export_gguf
 from export.onnx import export_onnx
 from fox_edge import cli
 from fox_edge.artifact import Artifact
+from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import GGUF, ONNX, find_recipe
 from runtimes.base import SessionOptions, open_session
@@ -29,7 +34,7 @@ CHAT = [sys.executable, "-m", "fox_edge.cli", "chat"]
 HINT = '/help lists the commands, """ holds several lines, Ctrl-C stops an answer, Ctrl-D leaves\n'
 # The command line with a model that takes a rest, once, after so many tokens.
 RESTING = """
-import sys, time
+import signal, sys, time
 from runtimes.generate import Generation
 from fox_edge import cli
 ordinary, rests = Generation.__next__, [int(sys.argv.pop(1))]
@@ -40,7 +45,10 @@ def resting(self):
         time.sleep(600)
     return ordinary(self)
 Generation.__next__ = resting
-sys.exit(cli.main(sys.argv[1:]))
+signal.signal(signal.SIGUSR1, lambda *_: None)
+status = cli.main(sys.argv[1:])
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+sys.exit(status)
 """
 
 
@@ -153,15 +161,15 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(gguf: Artifact) -> None:
     screen = resting(gguf, 5)
     screen.answer("> ", FOX)
     screen.expect("[resting]")
-    screen.send("\x03")
+    screen.interrupt("goes on)")
     screen.answer("\n> ", "/more")
     screen.expect("\n> ")
-    screen.send("\x03")
+    screen.interrupt("quit do)")
     screen.answer("\n> ", "/undo")
     screen.expect("\n> ")
-    screen.send("\x03")
+    screen.interrupt("quit do)")
     screen.expect("\n> ")
-    screen.send("\x03")
+    screen.interrupt("\n")
     assert screen.finish() == 0
     dropped = "> \n(Ctrl-C again leaves, as Ctrl-D and /quit do)\n"
     assert steady(screen.transcript).replace("^C", "") == opening(gguf) + (
@@ -176,7 +184,7 @@ def test_ctrl_c_before_the_answer_keeps_no_turn(gguf: Artifact) -> None:
     screen = resting(gguf, 0)
     screen.answer("> ", SUM)
     screen.expect("[resting]")
-    screen.send("\x03")
+    screen.interrupt("not kept)")
     screen.answer("\n> ", FOX)
     screen.expect("\n> ")
     screen.send("\x04")
@@ -281,8 +289,6 @@ def test_sampling_and_stops_reach_the_model(gguf: Artifact) -> None:
 
 
 def test_an_interrupted_script_says_so_by_its_status(gguf: Artifact) -> None:
-    import signal
-
     command = [sys.executable, "-c", RESTING, "3", "chat", str(gguf.path), FOX, "--threads", "1"]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
@@ -294,7 +300,11 @@ def test_an_interrupted_script_says_so_by_its_status(gguf: Artifact) -> None:
             assert byte, process.stderr.read()
             seen += byte
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        while process.poll() is None:  # see PseudoTerminal.interrupt
+            process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        assert process.returncode == 130
         assert process.stderr.read().decode() == NEVER + "interrupted\n"
 
 
@@ -333,6 +343,57 @@ def test_mistakes_of_scripts(
     monkeypatch.setattr(sys, "stdin", None)
     assert cli.main(["chat", "nano"]) == 2
     assert "nano: no such artifact" in capsys.readouterr().err and not Path("nano").exists()
+
+
+def altered(gguf: Artifact, folder: Path, **files: dict[str, object]) -> Path:
+    """A copy of an artifact with fields of its JSON files changed; None removes one."""
+    shutil.copytree(gguf.path, folder)
+    for name, changes in files.items():
+        path = folder / f"{name}.json"
+        fields = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    return folder
+
+
+def ask_json(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    arguments = ("chat", str(folder), FOX, "--json", "--max-tokens", "3", "--threads", "1", *arguments)
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_a_model_without_a_template_is_told_of(
+    gguf: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = altered(gguf, tmp_path / "bare")
+    (bare / "chat_template.jinja").write_text(FOX_TEMPLATE)  # as an export of such a checkpoint has it
+    result, err = ask_json(capsys, bare)
+    assert "note: the checkpoint came without a chat template; Fox's own format is used\n" in err
+    assert "chat template" not in ask_json(capsys, gguf.path)[1]
+    prompt = f"<|user|>\n{FOX}<eos>\n<|assistant|>\n"
+    assert result["prompt_tokens"] == 1 + len(Oracle(gguf).tokenizer.encode(prompt, special=True))
+
+
+def test_a_model_s_own_wish_for_sampling(
+    gguf: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wish = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    wishing = altered(gguf, tmp_path / "wishing", generation_config=wish)
+    result, _ = ask_json(capsys, wishing, "--seed", "7", "--top-p", "0.5")
+    words = "temperature 0.6, top_p 0.5, top_k 20, repeat_penalty 1.1, seed 7"
+    assert result["sampling"] == words
+    # Without a seed one is drawn, and told so that the answer can be had again.
+    first, _ = ask_json(capsys, wishing)
+    again, _ = ask_json(capsys, wishing, "--seed", first["sampling"].rpartition(" ")[2])
+    assert first["answer"] == again["answer"]
+    assert ask_json(capsys, wishing, "--temperature", "0")[0]["sampling"] == "greedy, repeat_penalty 1.1"
+    only_numbers = altered(gguf, tmp_path / "numbers", generation_config={"temperature": 0.6})
+    assert ask_json(capsys, only_numbers)[0]["sampling"] == "greedy"
+    for value in ("hot", -1, 10**400, True):
+        odd = altered(gguf, tmp_path / str(value)[:9], generation_config={**wish, "temperature": value})
+        result, err = ask_json(capsys, odd)
+        assert result["sampling"] == "greedy"
+        assert "note: generation_config.json asks for sampling, but " in err and "Traceback" not in err
 
 
 def test_a_checkpoint_s_own_model_in_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
