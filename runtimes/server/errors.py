@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_MAX_CHARS = 400
+
 
 class ApiError(Exception):
     """A request that is refused, or an answer that failed; `message` is one sentence."""
@@ -20,6 +22,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        # A message may quote what came, which may be long or have lines.
+        message = " ".join(message[:_MAX_CHARS].split())
         super().__init__(message)
         self.status, self.message = status, message
         self.param, self.code, self.headers = param, code, headers or {}

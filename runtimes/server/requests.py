@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -34,6 +34,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "audio": (None,),
 }
+# Python would rather fail than print a number of thousands of digits.
+_LARGEST = 2**63
+_Whole = Annotated[int, Field(ge=-_LARGEST, lt=_LARGEST)]
 _KINDS = {
     str: "text",
     bool: "true or false",
@@ -59,13 +62,13 @@ class _Common(BaseModel):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: _Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: _Whole | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
-    seed: int | None = None
+    seed: _Whole | None = None
     stop: Any = None
     response_format: dict[str, Any] | None = None
     grammar: str | None = None
@@ -140,9 +143,9 @@ class ChatRequest(_Common):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: _Whole | None = None
 
     @property
     def limit(self) -> int | None:
@@ -174,7 +177,7 @@ class CompletionRequest(_Common):
     """The body of /v1/completions: a prompt as text or as token ids."""
 
     prompt: Any
-    logprobs: int | None = None
+    logprobs: _Whole | None = None
 
     def check(self) -> None:
         """One prompt, and what `_Common` checks."""
@@ -190,7 +193,7 @@ class CompletionRequest(_Common):
             prompt = prompt[0]
         if isinstance(prompt, str):
             return prompt
-        if isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt):
+        if isinstance(prompt, list) and prompt and all(_is_whole(id) for id in prompt):
             return prompt
         if isinstance(prompt, list) and len(prompt) > 1:
             raise bad_request(f"prompt has {len(prompt)} entries, but one text is taken at a time", "prompt")
@@ -213,6 +216,10 @@ def check_roles(roles: Sequence[str]) -> None:
     talk = [role for role in roles if role not in ("system", "developer")]
     if not talk or talk[0] != "user" or talk[-1] != "user":
         raise bad_request("a conversation must begin and end with a message of the user", "messages")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and -_LARGEST <= value < _LARGEST
 
 
 def _check_top(count: int, name: str) -> None:

@@ -119,6 +119,8 @@ def open_service(model: ChatModel, spec: str, session: SessionOptions, options: 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; raises FoxEdgeError when it cannot."""
+    if not 0 <= port <= 65535:
+        raise FoxEdgeError(f"--port {port} is not a port from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -130,8 +132,8 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
             raise
         return listener
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise FoxEdgeError(f"cannot listen on {host}, port {port}: {reason}; choose another --port") from None
 
 

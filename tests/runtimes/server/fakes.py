@@ -1,4 +1,4 @@
-"""A model whose next token is a function of every token before it: what is mixed up, lost or left over shows."""
+"""A model whose next token is a function of all tokens before it: what is mixed up or left over shows."""
 
 from __future__ import annotations
 
