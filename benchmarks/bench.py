@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from benchmarks.processes import WorkerError, run_worker
 from benchmarks.roofline import Bandwidth, buffer_bytes, read_bandwidth
 from benchmarks.subject import Subject, open_subject
 from benchmarks.table import Column, render
+from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
-from fox_edge.progress import Progress
+from fox_edge.progress import Progress, say
+from runtimes.base import SessionOptions
+from runtimes.tuning import with_tuning
 
 _CONTEXT_STEP = 256
 # Figures whose median over the rounds is the result, and whose extremes are the spread.
@@ -55,8 +59,10 @@ def bench(
     subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
     needed = prompt_tokens + 1 + decode_tokens
     context = context or -(-needed // _CONTEXT_STEP) * _CONTEXT_STEP
+    chosen = [_choices(s, threads, session or {}) for s in subjects]
     jobs = [
-        _job(s, prompt_tokens, decode_tokens, threads, context) | {"session": session or {}} for s in subjects
+        _job(s, prompt_tokens, decode_tokens, context) | choices
+        for s, choices in zip(subjects, chosen, strict=True)
     ]
     middle = prompt_tokens + decode_tokens // 2
     ceilings = _ceilings(subjects, threads, middle, {})
@@ -78,15 +84,24 @@ def bench(
         ],
         "baseline": baseline(),
         "results": [
-            _row(s, runs, ceilings[buffer_bytes(s.bytes_per_token(middle))], middle)
-            for s, runs in zip(subjects, rounds, strict=True)
+            _row(s, runs, ceilings[buffer_bytes(s.bytes_per_token(middle))], middle) | choices
+            for s, runs, choices in zip(subjects, rounds, chosen, strict=True)
         ],
     }
 
 
-def _job(
-    subject: Subject, prompt_tokens: int, decode_tokens: int, threads: int | None, context: int
-) -> dict[str, Any]:
+def _choices(subject: Subject, threads: int | None, session: dict[str, Any]) -> dict[str, Any]:
+    """What a session is opened with: what was said, and what was tuned for this machine."""
+    options = SessionOptions(threads=threads, **session)
+    if isinstance(subject.source, Artifact):
+        options, remark = with_tuning(subject.source, options)
+        if remark:
+            say(f"{subject.spec}: {remark}")
+    fields = {name: value for name, value in asdict(options).items() if name not in ("context", "threads")}
+    return {"threads": options.threads, "session": fields}
+
+
+def _job(subject: Subject, prompt_tokens: int, decode_tokens: int, context: int) -> dict[str, Any]:
     """What the worker is told; the prompt is real text in the subject's own tokens."""
     from benchmarks.fidelity import reference_text
 
@@ -101,7 +116,6 @@ def _job(
     return {
         "task": "measure",
         "subject": subject.spec,
-        "threads": threads,
         "context": min(context, limit),
         "prompt": prompt,
         "decode_tokens": decode_tokens,

@@ -30,6 +30,7 @@ DECODE_TOKENS = 2
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gguf-int4", {}),
     ("gguf-int4", {"repack": False}),
+    ("gguf-int4", {"mmap": False}),
     ("gguf-int4", {"kv": "q8_0"}),
     ("gguf-int4", {"kv": "q4_0"}),
     ("onnx-int4", {}),

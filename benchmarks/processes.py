@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ def run_worker(
     job: dict[str, Any],
     progress: Callable[[int, int], None] | None = None,
     command: Sequence[str] = WORKER,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Do a job in a fresh process and return its result; raises WorkerError.
 
-    The process is killed when this call is interrupted.
+    The process is killed when this call is interrupted, or after `timeout_s`.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
@@ -44,12 +46,17 @@ def run_worker(
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
+        timer = threading.Timer(timeout_s or 0, process.kill)
+        if timeout_s is not None:
+            timer.start()
         with process:
             try:
                 message = _converse(process, job, progress)
             except BaseException:
                 process.kill()
                 raise
+            finally:
+                timer.cancel()
         if "result" in message:
             return dict(message["result"])
         raise WorkerError(message["error"] if "error" in message else _last_words(process.returncode, stderr))

@@ -22,6 +22,7 @@ TASKS = {
     "measure": "benchmarks.measure:run_job",
     "answer": "benchmarks.answer:run_job",
     "memory": "benchmarks.memory:run_job",
+    "tune": "benchmarks.tune:run_job",
 }
 
 

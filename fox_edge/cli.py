@@ -55,9 +55,10 @@ def _export(args: argparse.Namespace) -> None:
     from benchmarks.verify import Verifier
     from fox_edge.artifact import export_summary, export_text
 
-    special = {key: getattr(args, key) for key in ("compat", "rounding", "calibrate") if getattr(args, key)}
-    if special and args.format != "onnx":
-        raise FoxEdgeError(f"--{next(iter(special))} is for --format onnx, not {args.format}")
+    said = ("compat", "rounding", "calibrate", "imatrix")
+    special = {key: getattr(args, key) for key in said if getattr(args, key)}
+    if args.compat and args.format != "onnx":
+        raise FoxEdgeError(f"--compat is for --format onnx, not {args.format}")
     recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
     start, out = time.monotonic(), Path(args.out)
     with AnonymousPeak() as peak, Progress(f"exporting {args.format} {recipe.name}") as progress:
@@ -75,6 +76,34 @@ def _export(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - start - verifier.seconds
     peaks = (verifier.peak_rss_before_bytes, verifier.peak_anonymous_before_bytes)
     _print(args, export_summary(artifact, seconds, *peaks), export_text)
+
+
+def _imatrix(args: argparse.Namespace) -> None:
+    from export.calibration import read_calibration
+    from export.imatrix import write_imatrix
+    from export.rounding import importance_of
+
+    checkpoint, out = _checkpoint(args.checkpoint), Path(args.out)
+    text = read_calibration(checkpoint.tokenizer(), checkpoint.config.max_positions, args.calibrate)
+    start = time.monotonic()
+    with Progress("measuring importance") as progress:
+        importance = importance_of(checkpoint, text, progress.update)
+    write_imatrix(out, importance, checkpoint.config, replace=args.replace)
+    result = {
+        "imatrix": str(out),
+        "matrices": len(importance.sums),
+        "tokens": text.tokens,
+        "calibration": text.to_json(),
+        "bytes": out.stat().st_size,
+        "seconds": time.monotonic() - start,
+    }
+    _print(
+        args,
+        result,
+        lambda r: (
+            f"{r['imatrix']}: what {r['matrices']} matrices read in {r['tokens']:,} tokens, {r['seconds']:.1f} s"
+        ),
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -168,6 +197,12 @@ def _bench(args: argparse.Namespace) -> None:
         session=_session(args),
     )
     _print(args, result, bench_text)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from benchmarks.tune import tune, tune_text
+
+    _print(args, tune(args.artifact, args.prefer), tune_text)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -323,7 +358,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="folder to create")
     export.add_argument("--format", choices=("gguf", "onnx"), required=True)
     export.add_argument(
-        "--quant", default="int4", help="int8, int4, a type's name, or a recipe.toml (default: int4)"
+        "--quant",
+        default="int4",
+        help="int4 (default), int8; GGUF also laptop, phone, tiny; a type's name; or a recipe.toml",
     )
     export.add_argument(
         "--replace", action="store_true", help="replace an artifact that exists under this name"
@@ -338,13 +375,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--rounding",
         choices=("nearest", "search", "compensated"),
-        help="ONNX: how weights of at most 4 bits are rounded (default: compensated, the most accurate)",
+        help="from quick to good (default: compensated where a type has at most 4 bits, else nearest)",
     )
+    _calibrate(export)
     export.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="ONNX: UTF-8 text to round for (default: built-in)"
+        "--imatrix", type=Path, metavar="FILE", help="round by an importance matrix, ours or llama.cpp's"
     )
     _verification(export)
     _threads(export)
+
+    imatrix = verb(
+        "imatrix", _imatrix, "measure which columns of each matrix matter, for llama.cpp's tools too"
+    )
+    imatrix.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
+    imatrix.add_argument("out", metavar="FILE.gguf", help="file to create")
+    imatrix.add_argument("--replace", action="store_true", help="replace a file of this name")
+    _calibrate(imatrix)
 
     verify = verb("verify", _verify, "check that an artifact is still the model it was made from")
     verify.add_argument("artifact", help="an artifact, or an ONNX folder that another tool exported")
@@ -407,6 +453,15 @@ def _parser() -> argparse.ArgumentParser:
     _session_options(bench)
     _threads(bench)
 
+    tune = verb("tune", _tune, "find the choices that suit this machine, in 20 seconds, and keep them")
+    tune.add_argument("artifact")
+    tune.add_argument(
+        "--prefer",
+        choices=("balance", "prompt", "decode", "memory"),
+        default="balance",
+        help="balance (default): time for a question and its answer; memory may quantize the KV cache",
+    )
+
     evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
     evaluate.add_argument(
         "artifact",
@@ -433,6 +488,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="out", help="folder for the artifacts and the report (default: out)")
     demo.add_argument("--problems", type=_positive, default=50, help="word problems to ask each model")
     return parser
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="UTF-8 text to round for (default: built-in)"
+    )
 
 
 def _verification(parser: argparse.ArgumentParser) -> None:
@@ -473,7 +534,9 @@ def _session_options(parser: argparse.ArgumentParser) -> None:
         help="ONNX: 1 computes in float32, 4 (default) on activations rounded to int8",
     )
     parser.add_argument(
-        "--no-cache", action="store_true", help="ONNX: keep nothing beside the artifact for the next start"
+        "--no-cache",
+        action="store_true",
+        help="use and keep nothing beside the artifact: no packed weights (ONNX), no tuned choices",
     )
 
 

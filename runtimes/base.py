@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
+from fox_edge.progress import say
 
 if TYPE_CHECKING:
     from runtimes.onnx_foreign import ForeignOnnx
@@ -106,7 +107,7 @@ class SessionOptions:
     accuracy_level: int | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
     conversations: int = 1
-    # Whether a runtime may keep files beside the artifact that make the next start faster.
+    # Whether what is kept beside the artifact (packed weights, tuned choices) may be used and added to.
     cache: bool = True
 
 
@@ -229,10 +230,18 @@ def open_model(path: Path) -> Artifact | ForeignOnnx:
 def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None = None) -> Session:
     """Open a model in the runtime of its format; imports that runtime only now.
 
+    What was tuned for this machine fills in for choices that were not made, and the user is told.
     Raises MissingPackageError naming the extra, ArtifactError for a damaged model file.
     """
-    entry = _entry(model.manifest.format) if isinstance(model, Artifact) else FOREIGN_ONNX
-    session: Session = load(entry[1])(model, options or SessionOptions())
+    options = options or SessionOptions()
+    if isinstance(model, Artifact):
+        entry = _entry(model.manifest.format)
+        options, remark = load("runtimes.tuning:with_tuning")(model, options)
+        if remark:
+            say(remark)
+    else:
+        entry = FOREIGN_ONNX
+    session: Session = load(entry[1])(model, options)
     return session
 
 

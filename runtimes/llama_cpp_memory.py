@@ -37,14 +37,16 @@ _PIECE = 167
 
 def memory_need(artifact: Artifact, config: FoxConfig, options: SessionOptions, batch: int) -> MemoryNeed:
     """The file and what is copied of it, the vocabulary and the buffers for `batch` tokens, the KV cache."""
-    stored = artifact.model_path.stat().st_size
-    copied = 0
+    weights = artifact.model_path.stat().st_size
     if options.repack is not False:
-        copied = sum(copied_bytes(t, config.tied) for t in artifact.manifest.tensors)
+        copied = {t.name: copied_bytes(t, config.tied) for t in artifact.manifest.tensors}
+        # A file that is not mapped is read once, into the layout that is wanted; the tied matrix into both.
+        read = sum(t.bytes for t in artifact.manifest.tensors if copied[t.name] and t.name != EMBEDDING)
+        weights += sum(copied.values()) - (read if options.mmap is False else 0)
     conversations, tokens = options.conversations, min(batch, options.context or batch)
     cache = kv_bytes_per_position(config, GGUF, options.kv)
     return MemoryNeed(
-        weights=stored + copied,
+        weights=weights,
         buffers=_FIXED + _PIECE * config.vocab_size + conversations * _activations(config, tokens),
         per_position=conversations * cache,
         scratch_per_position=conversations * _scores(config, tokens, options.flash_attention),

@@ -46,6 +46,8 @@ from runtimes.onnx_rewrite import quantize_kv, set_accuracy_level
 PREFILL_CHUNK = 256
 # Matrices (chunk, widest) of float32 that live at once in a layer, those that the allocator holds back too.
 _ACTIVATIONS = 6
+# What onnxruntime takes of its own once it runs: pages of its library, arenas.
+_FIXED = 12_000_000
 
 
 class OnnxSession:
@@ -187,14 +189,15 @@ class OnnxSession:
 
 
 def memory_need(artifact: Artifact, graph: onnx.ModelProto, options: SessionOptions) -> MemoryNeed:
-    """What a session of this graph takes: packed matrices, the other weights, activations, KV cache."""
+    """What a session of this graph takes to generate: packed matrices, other weights, buffers, KV cache."""
     config = FoxConfig.read(artifact.path / "config.json")
     # A tied matrix has several names for the same bytes: files are counted, not tensors.
     stored = sum(path.stat().st_size for path in _data_files(artifact, graph))
     widest = max(config.hidden_size, 2 * config.intermediate_size)
+    chunk = min(PREFILL_CHUNK, options.context or PREFILL_CHUNK)
     return MemoryNeed(
         weights=stored + sum(slot.size - slot.raw for slot in lay_out(graph)),
-        buffers=4 * (_ACTIVATIONS * PREFILL_CHUNK * widest + SCORE_CHUNK * config.vocab_size),
+        buffers=_FIXED + 4 * (_ACTIVATIONS * chunk * widest + config.vocab_size),
         per_position=options.conversations * kv_bytes_per_position(config, ONNX, options.kv),
     )
 

@@ -176,7 +176,7 @@ def test_mistakes_in_the_grammar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(target: str, context: int | None) -> None:
+    def broken(target: str) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("fox_edge.inspection.inspect", broken)

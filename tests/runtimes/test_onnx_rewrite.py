@@ -95,8 +95,8 @@ def test_an_int8_cache_takes_a_quarter(artifact: Artifact, tokens: list[int]) ->
     for kv in ("float32", "int8"):
         session = OnnxSession(artifact, SessionOptions(threads=1, context=320, kv=kv))
         session.prefill(tokens)
-        sizes[kv] = sum(held.numpy().nbytes for held in session._cache.values())
-        assert {held.numpy().dtype for held in session._cache.values()} == {np.dtype(kv)}
+        sizes[kv] = sum(held.nbytes for held in session._buffers.values())
+        assert {held.dtype for held in session._buffers.values()} == {np.dtype(kv)}
     config = TINY_256.read(artifact.path / "config.json")
     assert sizes["float32"] == 4 * sizes["int8"] == 2 * config.kv_bytes_per_token * 320
 
@@ -106,7 +106,7 @@ def test_an_int8_cache_is_written_in_place_however_tokens_arrive(
 ) -> None:
     session = OnnxSession(artifact, SessionOptions(threads=1, context=320, kv="int8"))
     whole = session.prefill(tokens[:100])
-    held = {name: value.numpy().copy() for name, value in session._cache.items()}
+    held = {name: value.copy() for name, value in session._buffers.items()}
     assert all(value[:, :, :100].any(axis=-1).all() for value in held.values())
     assert not any(value[:, :, 100:].any() for value in held.values())
     session.reset()
@@ -121,7 +121,7 @@ def test_an_int8_cache_is_written_in_place_however_tokens_arrive(
 def test_scales_leave_room_above_what_was_seen(artifact: Artifact, tokens: list[int]) -> None:
     session = OnnxSession(artifact, SessionOptions(threads=1, context=320, kv="int8"))
     session.prefill(tokens)
-    stored = [np.abs(held.numpy()[:, :, :300].astype(int)) for held in session._cache.values()]
+    stored = [np.abs(held[:, :, :300].astype(int)) for held in session._buffers.values()]
     # Hardly anything is cut off, and no more than a bit or two are given away.
     assert np.mean([values >= 127 for values in stored]) < 1e-4
     assert all(values.max() > 40 for values in stored)
