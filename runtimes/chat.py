@@ -141,9 +141,8 @@ class Chat:
         return found
 
     def reset(self) -> None:
-        """Forget the conversation; the system message stays."""
+        """Forget the conversation; the system message stays, and what the cache holds of it."""
         self.turns, self.reply = [], None
-        self._cache.reset()
         self._rng = self.sampling.rng()
 
     def instruct(self, system: str | None) -> None:
@@ -159,8 +158,7 @@ class Chat:
         """Go on with another conversation; raises TokenizerError, nothing changed, when the template cannot
         tell it."""
         self._render(system, turns)
-        self.reset()
-        self.system, self.turns = system, list(turns)
+        self.system, self.turns, self.reply = system, list(turns), None
         self.resample(sampling)
 
     def _render(self, system: str | None, turns: Sequence[Turn]) -> None:

@@ -43,8 +43,9 @@ def stats_lines(chat: Chat) -> list[str]:
     turns = f"{len(chat.turns)} turn{'s' if len(chat.turns) != 1 else ''}"
     if chat.left_out:
         turns += f" ({chat.left_out} of them left out of the context)"
+    held = chat.session.length if chat.reply is not None else 0
     lines.append(
-        f"conversation: {turns}; {chat.session.length:,} of {chat.session.context:,} tokens in the context; "
+        f"conversation: {turns}; {held:,} of {chat.session.context:,} tokens in the context; "
         f"of all prompts {chat.run_tokens:,} tokens run, {chat.reused_tokens:,} reused"
     )
     lines.append(f"sampling: {sampling_words(chat.sampling)}{memory_words()}")

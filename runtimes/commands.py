@@ -125,11 +125,13 @@ class Commands:
             chat.resample(replace(chat.sampling, **wish))
 
     def _save(self, name: str) -> str:
-        if not name and self._file is None:
+        file = Path(name) if name else self._file
+        if file is None:
             raise FoxEdgeError("/save needs a file's name")
         chat = self._chat
         conversation = Conversation(self._model, chat.system, tuple(chat.turns), chat.sampling)
-        self._file = save(conversation, Path(name) if name else self._file or Path())
+        save(conversation, file)
+        self._file = file
         return f"saved {_turns(conversation)} in {self._file}"
 
     def _load(self, name: str) -> str:
@@ -137,7 +139,7 @@ class Commands:
             raise FoxEdgeError("/load needs a file's name")
         conversation = load(Path(name))
         self._chat.resume(conversation.system, conversation.turns, conversation.sampling)
-        self._file = Path(name).expanduser().resolve()
+        self._file = Path(name)
         other = "" if conversation.model == self._model else f", said by {_short(conversation.model)}"
         return f"loaded {_turns(conversation)}{other}; sampling: {sampling_words(conversation.sampling)}"
 

@@ -211,13 +211,16 @@ def test_a_retry_that_never_began_keeps_the_old_answer(fox: Tokenizer) -> None:
 
 
 def test_reset_forgets_all_but_the_system_message(fox: Tokenizer) -> None:
-    chat = Chat(parrot(fox, "one", "one"), fox, system="s")
-    say(chat, "a")
+    session = parrot(fox, "one", "two")
+    chat = Chat(session, fox, system="be brief")
+    say(chat, "hi")
     chat.reset()
-    assert chat.messages == [{"role": "system", "content": "s"}]
-    assert chat.session.length == 0 and chat.reply is None
-    say(chat, "a")
-    assert chat.reply is not None and chat.reply.reused_tokens == 0
+    assert chat.messages == [{"role": "system", "content": "be brief"}] and chat.reply is None
+    say(chat, "you")
+    # Its tokens, and those of the template up to the question, need not be run again.
+    same = fox.encode_rendered("<|system|>\nbe brief<eos>\n<|user|>\n")
+    assert chat.reply is not None and chat.reply.reused_tokens == len(same)
+    assert fox.decode(session.tokens) == fox.decode(fox.encode_chat(chat.messages[:-1])) + "two"
 
 
 def test_the_system_message_may_change(fox: Tokenizer, tmp_path: Path) -> None:
