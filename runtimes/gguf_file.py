@@ -36,6 +36,23 @@ _IDS = {
 }
 
 
+def dequantize(rows: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
+    """Rows of blocks (n, bytes of a row) as float32 (n, columns), by gguf-py where it knows the type."""
+    if type in ("f32", "f16"):
+        return rows.view("<f4" if type == "f32" else "<f2").astype(np.float32)
+    if type == "q1_0":
+        return _dequantize_q1_0(rows)
+    return np.asarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[type.upper()]), dtype=np.float32)
+
+
+def _dequantize_q1_0(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Blocks of a float16 scale and 128 bits, lowest first: plus the scale where a bit is set, else minus."""
+    blocks = rows.reshape(-1, 18)
+    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    return np.where(bits, scales, -scales).reshape(len(rows), -1)
+
+
 class GgufFile:
     """A ModelFile over the GGUF file of an artifact, whose manifest says which tensor is which."""
 
@@ -111,12 +128,8 @@ class GgufFile:
     def _dequantize(self, info: TensorInfo, order: NDArray[np.int64]) -> NDArray[np.float32]:
         if self._data is None:
             raise ArtifactError(f"{self._path}: is closed")
-        kind = gguf.GGMLQuantizationType[info.type.upper()]
         stored = np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
-        blocks = stored.reshape(math.prod(info.shape[:-1]), -1)[order]
-        if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-            return blocks.view("<f4" if info.type == "f32" else "<f2").astype(np.float32)
-        return np.asarray(gguf.quants.dequantize(blocks, kind), dtype=np.float32)
+        return dequantize(stored.reshape(math.prod(info.shape[:-1]), -1)[order], info.type)
 
     def tie(self) -> str:
         """One sentence proving that one byte range is both embedding and head; raises VerificationError."""
@@ -156,3 +169,11 @@ class GgufFile:
         if self._data is not None:
             data, self._data = self._data, None
             data.close()
+
+
+def _signs(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Rows of q1_0 blocks, which gguf-py does not read: 128 signs behind one float16 each."""
+    each = blocks.reshape(len(blocks), -1, 18)
+    bits = np.unpackbits(each[..., 2:], axis=-1, bitorder="little")
+    size = np.ascontiguousarray(each[..., :2]).view("<f2").astype(np.float32)
+    return np.where(bits == 1, size, -size).reshape(len(blocks), -1)
