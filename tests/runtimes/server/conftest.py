@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,18 @@ def running(spec: str, key: str | None = None, **options: Any) -> Iterator[Serve
         runner.should_exit = True
         thread.join()
         service.engine.close()
+
+
+def slow_down(served: Served) -> None:
+    """A thousand tokens take ten seconds from now on."""
+    session: Any = served.service.engine._slots.all[0].cache.session
+    step = session.step
+
+    def slow(token: int) -> Any:
+        time.sleep(0.01)
+        return step(token)
+
+    session.step = slow
 
 
 @pytest.fixture(scope="package")

@@ -23,7 +23,7 @@ from runtimes.server.server import is_loopback
 ENDLESS = {
     "model": "nano-int8",
     "messages": [{"role": "user", "content": "Hi"}],
-    "grammar": 'root ::= ("a" "b")+',
+    "grammar": "start: /a{900,}/",
     "stream": True,
 }
 
@@ -44,9 +44,12 @@ def refused(*arguments: str, **environment: str) -> str:
 
 
 @contextlib.contextmanager
-def started(artifact: Artifact, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def started(
+    artifact: Artifact | str, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The running command, and what it said when it was ready."""
-    line = command(str(artifact.path), "--port", "0", "--json", *arguments)
+    spec = artifact if isinstance(artifact, str) else str(artifact.path)
+    line = command(spec, "--port", "0", "--json", *arguments)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -150,14 +153,13 @@ def test_answers_in_flight_are_finished(artifact: Artifact) -> None:
         assert process.returncode == 0
 
 
-def test_after_the_grace_time_they_are_told(artifact: Artifact) -> None:
-    with started(artifact, "--slots", "1", "--grace", "0") as (process, ready):
-        with contextlib.closing(begin(ready["port"], ENDLESS)) as response:
+def test_after_the_grace_time_they_are_told() -> None:
+    # In PyTorch, where a thousand tokens of the embedded model take seconds.
+    with started("torch:nano", "--slots", "1", "--grace", "0") as (process, ready):
+        with contextlib.closing(begin(ready["port"], {**ENDLESS, "model": "nano"})) as response:
             process.send_signal(signal.SIGTERM)
             rest = response.read()
         last = json.loads(rest.strip().split(b"\n\n")[-1].removeprefix(b"data: "))
-        if "error" not in last:
-            pytest.skip("the answer was over already")
         assert last["error"]["code"] == "shutting_down"
         process.communicate(timeout=20)
         assert process.returncode == 0
