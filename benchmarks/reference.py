@@ -1,6 +1,6 @@
 """The float32 reference, streamed: logits of a checkpoint that never is in memory as a whole.
 
-Layer after layer is read, made float32, run over the whole text and dropped; then the head, in pieces of
+Matrix after matrix is read, made float32, run over the whole text and dropped; then the head, in pieces of
 its rows. Knows the reference model's blocks and the checkpoint; not artifacts, and not what logits are for.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
-from fox_edge.model import Block, RMSNorm, rotary_tables
 from fox_edge.quant import EMBEDDING, HEAD
+from fox_edge.walk import original, walk
 from runtimes.base import SCORE_CHUNK, Logits
 
 # Float32 bytes of one piece of the head, and of the logits that one pass over the head fills. Every pass
@@ -28,7 +28,7 @@ _LOGITS_BYTES = 256 << 20
 class ReferenceScorer:
     """Logits of the checkpoint in float32, whatever dtype it is stored in.
 
-    Peak memory is about one layer, or one piece of the head and 256 MB of logits, beside the hidden states
+    Peak memory is about one matrix, or one piece of the head and 256 MB of logits, beside the hidden states
     (tokens x C). The hidden states of the last text are kept, so that scoring it again costs the head only.
     """
 
@@ -77,26 +77,10 @@ class ReferenceScorer:
             raise ContextOverflowError(
                 f"{len(text)} tokens do not fit the model's {config.max_positions} positions"
             )
-        cos, sin = rotary_tables(config, torch.arange(len(text)))
-        x = self.checkpoint.tensor(EMBEDDING)[list(text)].float()[None]
+        embedded = self.checkpoint.tensor(EMBEDDING)[list(text)].float()
         self.checkpoint.release(EMBEDDING)
-        for layer in range(config.num_layers):
-            with torch.device("meta"):
-                block = Block(config, layer)
-            x = self._filled(block, f"model.layers.{layer}.")(x, cos, sin, None)
-        with torch.device("meta"):
-            norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._text, self._hidden = text, self._filled(norm, "model.norm.")(x)[0]
+        hidden = walk(
+            self.checkpoint, embedded[None, None], lambda name, _: [original(self.checkpoint, name)]
+        )
+        self._text, self._hidden = text, hidden[0]
         return self._hidden
-
-    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
-        """The module, made on the meta device, with float32 weights from the checkpoint."""
-        shapes = self.checkpoint.shapes()
-        weights = {}
-        for key in module.state_dict():
-            name = prefix + key
-            rows = 1 if len(shapes[name]) == 1 else shapes[name][0]
-            weights[key] = self.checkpoint.float_rows(name, 0, rows).reshape(shapes[name])
-            self.checkpoint.release(name)
-        module.load_state_dict(weights, assign=True)
-        return module.eval()

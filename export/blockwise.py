@@ -70,6 +70,7 @@ def quantize(rows: Tensor, type_: QuantType, importance: Tensor | None = None) -
 def quantize_compensated(rows: Tensor, type_: QuantType, guide: Compensation) -> Blocks:
     """Round float32 rows (R, C) to integers of a type so that their product with the input changes least."""
     type_.row_bytes("rows", rows.shape[1])
+    rows = guide.target(rows)
     grid = search(rows.reshape(rows.shape[0], -1, type_.block_size), type_, guide.importance)
     steps = Steps(grid.scales, -grid.zeros * grid.scales, 2**type_.bits)
     integers = choose(rows, steps, guide).view(*grid.scales.shape, -1)

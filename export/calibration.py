@@ -1,29 +1,20 @@
-"""What the reference model's matrices read on real text: the activations that guide rounding.
+"""The text that rounding is guided by: read, cut into windows, described for the manifest.
 
-Streams: one layer's float weights are in memory at a time, and all calibration tokens go through it together.
-The layers are the reference model's own (fox_edge/model.py), each of its matrices replaced by a stand-in that
-shows its input and asks which weights to go on with: the originals, or what they have just been rounded to.
-Knows nothing of rounding, formats or files.
-
-Shapes: N windows of T tokens, C columns, R rows.
+Knows the built-in text and how a user's becomes token ids; not the model, nor rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
-from fox_edge.model import Block, RMSNorm, rotary_tables
 from fox_edge.tokenizer import Tokenizer
 
 WINDOW = 256
@@ -33,9 +24,6 @@ MEAN_SQUARE_TOKENS = 1024
 MAX_TEXT_BYTES = 64 << 20
 # Several kinds of prose, and problems of nano's families after each paragraph.
 _BUILT_IN, _SEED, _PROBLEMS = "calibration.txt", 7, 8
-
-# Name of a matrix and what it reads, float32 (N * T, C) -> the float32 weights (R, C) to go on with.
-Visit = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,56 +95,3 @@ def _built_in(tokenizer: Tokenizer) -> list[int]:
                 found += asked[1:] if asked[0] == tokenizer.bos_id else asked
                 found += tokenizer.encode(f"{problem.answer}\n\n", bos=False)
     return found
-
-
-@torch.inference_mode()
-def walk(checkpoint: Checkpoint, embedded: Tensor, visit: Visit) -> Tensor:
-    """Take embedded tokens (N, T, C) through all layers; returns what the head reads, float32 (N * T, C).
-
-    `visit` is called for each matrix in the order of a forward pass, q, k, v, o, gate, up, down, and layer
-    after layer; matrices that read the same input are shown the same tensor.
-    """
-    config = checkpoint.config
-    cos, sin = rotary_tables(config, torch.arange(embedded.shape[1]))
-    x = embedded
-    for layer in range(config.num_layers):
-        with torch.device("meta"):
-            block = Block(config, layer)
-        prefix = f"model.layers.{layer}."
-        for name, child in list(block.named_modules()):
-            if isinstance(child, nn.Linear):
-                parent, _, last = name.rpartition(".")
-                setattr(block.get_submodule(parent), last, _Shown(f"{prefix}{name}.weight", visit))
-        x = _with_norms(block, prefix, checkpoint)(x, cos, sin, None)
-    with torch.device("meta"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    return _with_norms(norm, "model.norm.", checkpoint)(x).flatten(0, 1)
-
-
-class _Shown(nn.Module):
-    """Stands in for one matrix of a layer."""
-
-    def __init__(self, name: str, visit: Visit) -> None:
-        super().__init__()
-        self.name, self.visit = name, visit
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, R)."""
-        return product(x, self.visit(self.name, x.view(-1, x.shape[-1])))
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x times the transposed weight, in bfloat16 where the processor multiplies that natively.
-
-    Its rounding, 2^-9 of a value, is far below that of any type that is calibrated for.
-    """
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return F.linear(x.bfloat16(), weight.bfloat16()).float()
-    return F.linear(x, weight)
-
-
-def _with_norms(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> nn.Module:
-    """A module made on the meta device, its norms filled from the checkpoint."""
-    weights = {key: checkpoint.float_rows(prefix + key)[0] for key in module.state_dict()}
-    module.load_state_dict(weights, assign=True)
-    return module.eval()

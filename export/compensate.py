@@ -14,15 +14,22 @@ Shapes: R rows, C columns, B blocks of K weights per row, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fox_edge.walk import native_product
+
 # Added to the Gram matrix's diagonal, as a share of its mean: what calibration did not show is not free.
 DAMPING = 0.01
 # A column that calibration text hardly excites still matters this much, as a share of the mean.
 FLOOR = 0.01
+# How far a matrix makes good what rounding has done to its input.
+DRIFT = 0.5
 # Columns whose errors are gathered before the rest of the matrix is told.
 PANEL = 128
 # How strongly scales are held where the search put them, as a share of the system's mean diagonal.
@@ -48,13 +55,17 @@ def importance(mean_squares: Tensor) -> Tensor:
     return (mean_squares / level).clamp(min=FLOOR)
 
 
-class Compensation(NamedTuple):
+@dataclass(frozen=True)
+class Compensation:
     """What rounding needs to know of a matrix's input."""
 
     gram: Tensor  # (C, C), scaled to a mean diagonal of 1, damped
     importance: Tensor  # (C,)
     order: Tensor  # (C,) int64: columns, most important first
-    factor: Tensor  # (C, C): upper Cholesky factor of the inverse Gram matrix, rows and columns in that order
+    factor: Tensor  # (C, C): upper Cholesky factor of the inverse Gram matrix, in that order
+    drift: Tensor | None = (
+        None  # (C, C): what to add to rows, once multiplied by them, before they are rounded
+    )
 
     @classmethod
     def of(cls, gram: Tensor, damping: float = DAMPING) -> Compensation:
@@ -64,13 +75,49 @@ class Compensation(NamedTuple):
         scaled = gram / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         for extra in (damping, 9 * damping, 90 * damping):
             scaled.diagonal().add_(extra)
-            # With rows and columns reversed, H = L L^T; then H^-1 = U^T U, U the inverse of L reversed.
-            backwards = order.flip(0)
-            lower, failed = torch.linalg.cholesky_ex(scaled[backwards][:, backwards])
-            if not failed:
-                return cls(scaled, weight, order, _inverse(lower).flip(0, 1))
+            factor = _factor(scaled, order)
+            if factor is not None:
+                return cls(scaled, weight, order, factor)
         # Nothing but its own diagonal can be made of such an input: plain rounding on a weighted grid.
-        return cls(torch.diag(weight), weight, order, torch.eye(len(weight)))
+        return cls(torch.diag(weight), weight, order, torch.diag(weight[order].rsqrt()))
+
+    @classmethod
+    def behind(cls, exact: Tensor, rounded: Tensor) -> Compensation:
+        """For a matrix that reads `rounded` (N, C) instead of `exact` (N, C), behind matrices rounded before.
+
+        Not the matrix itself is what to come closest to then, but the one whose product with the rounded
+        input is closest to the original's with the exact input: with X and Y the two and D = (X - Y)^T Y,
+        that is W + W D H^-1 (Li et al., 2025, GPTAQ). Only DRIFT of the way is gone, since calibration text
+        shows only some of the inputs that will come.
+        """
+        found = gram(rounded)
+        level = found.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        guide = cls.of(found)
+        del found
+        drift = native_product((exact - rounded).T, rounded.T).div_(level / DRIFT)
+        drift = (drift[:, guide.order] @ guide.factor.T) @ guide.factor
+        placed = torch.empty_like(drift)
+        placed[:, guide.order] = drift
+        usable = torch.isfinite(placed).all()
+        return replace(guide, drift=placed) if usable else guide
+
+    def target(self, rows: Tensor) -> Tensor:
+        """What rows (R, C) should be rounded to, given what happened before them."""
+        return rows if self.drift is None else torch.addmm(rows, rows, self.drift)
+
+    @cached_property
+    def natural_factor(self) -> Tensor:
+        """As `factor`, with rows and columns in the order of the matrix."""
+        found = _factor(self.gram, torch.arange(len(self.gram)))
+        return torch.diag(self.gram.diagonal().rsqrt()) if found is None else found
+
+
+def _factor(gram: Tensor, order: Tensor) -> Tensor | None:
+    """Upper Cholesky factor U, U^T U the inverse of a Gram matrix (C, C) in another order; None: singular."""
+    # With rows and columns reversed, H = L L^T; then H^-1 = U^T U, U the inverse of L reversed.
+    backwards = order.flip(0)
+    lower, failed = torch.linalg.cholesky_ex(gram[backwards][:, backwards])
+    return None if failed else _inverse(lower).flip(0, 1)
 
 
 def _inverse(lower: Tensor) -> Tensor:
@@ -87,12 +134,12 @@ def _inverse(lower: Tensor) -> Tensor:
 
 
 class Steps(NamedTuple):
-    """The values that weights can take: of level number n, `scale * n + base`, or `scale * levels[n] + base`."""
+    """The values that weights can take: level n is `scale * n + base`, or `scale * levels[n] + base`."""
 
     scales: Tensor  # (R, B)
     bases: Tensor  # (R, B)
-    count: int  # numbers are from 0 to count - 1
-    levels: Tensor | None = None  # (count,), ascending
+    size: int  # numbers are from 0 to size - 1
+    levels: Tensor | None = None  # (size,), ascending
 
     def values(self, numbers: Tensor) -> Tensor:
         """The values (R, C) of level numbers (R, C)."""
@@ -116,7 +163,7 @@ def _chosen(waiting: Tensor, steps: Steps, blocks: list[int], factor: Tensor) ->
     inverses = torch.where(scales == 0, 0.0, 1 / scales)
     zeros = -bases * inverses  # where the value 0 is, counted in levels
     bounds = None if steps.levels is None else (steps.levels[1:] + steps.levels[:-1]) / 2
-    columns, last = waiting.shape[0], steps.count - 1
+    columns, last = waiting.shape[0], steps.size - 1
     numbers = torch.empty(waiting.shape, dtype=torch.uint8)
     for start in range(0, columns, PANEL):
         stop = min(start + PANEL, columns)
@@ -137,6 +184,26 @@ def _chosen(waiting: Tensor, steps: Steps, blocks: list[int], factor: Tensor) ->
             panel[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
         waiting[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return numbers
+
+
+def choose_blocks(
+    rows: Tensor, width: int, quantize: Callable[[Tensor, Tensor], Tensor], guide: Compensation
+) -> None:
+    """Round float32 rows (R, C) by blocks of `width` columns that can only be rounded as a whole.
+
+    `quantize(columns, importance)` is given the columns (R, width) of each block in turn, moved by the errors
+    of the blocks before, and what an error in each costs (width,); it returns what they have become. With K
+    the columns that can still make good for a block J, an error e in J costs e (U_JJ^T U_JJ)^-1 e^T, U the
+    Cholesky factor as above.
+    """
+    factor, waiting = guide.natural_factor, rows.clone()
+    for start in range(0, rows.shape[1], width):
+        stop = start + width
+        corner = _inverse(factor[start:stop, start:stop].T.contiguous()).T  # its inverse, upper as well
+        cost = corner.square().sum(1)
+        block = waiting[:, start:stop].contiguous()
+        errors = (block - quantize(block, cost / cost.mean())) @ corner
+        waiting[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
 
 
 def refit(rows: Tensor, basis: list[Tensor], factors: list[Tensor], guide: Compensation) -> list[Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fox_edge.errors import FoxEdgeError, MissingPackageError
+from fox_edge.errors import FoxEdgeError, MissingPackageError, RecipeError
 from fox_edge.quant import QuantType
 
 # enum ggml_type in ggml.h: numbers that are part of the GGUF file format and never change.
@@ -32,10 +32,24 @@ TYPE_NUMBERS: dict[str, int] = {
     "q4_k": 12,
     "q5_k": 13,
     "q6_k": 14,
+    "iq2_xxs": 16,
+    "iq2_xs": 17,
+    "iq3_xxs": 18,
+    "iq1_s": 19,
     "iq4_nl": 20,
+    "iq3_s": 21,
+    "iq2_s": 22,
     "iq4_xs": 23,
+    "iq1_m": 29,
     "bf16": 30,
+    "tq1_0": 34,
+    "tq2_0": 35,
+    "mxfp4": 39,
+    "nvfp4": 40,
+    "q1_0": 41,
 }
+# ggml ends the process when it is asked for one of these without importance.
+NEED_IMPORTANCE = ("iq2_xxs", "iq2_xs", "iq1_s")
 
 
 def library_path() -> Path:
@@ -82,8 +96,9 @@ def quantize(
 ) -> NDArray[np.uint8]:
     """Quantize float32 rows (n, columns) to ggml's blocks (n, bytes of a row).
 
-    `importance` (columns,) weighs the columns' errors. Raises RecipeError naming `tensor` when a row is no
-    whole number of blocks. Every value must be finite: ggml does not check.
+    `importance` (columns,) weighs the columns' errors; types in NEED_IMPORTANCE must have one. Raises
+    RecipeError naming `tensor` when a row is no whole number of blocks. Every value must be finite: ggml does
+    not check.
     """
     number, (n, columns) = TYPE_NUMBERS[type_.name], rows.shape
     row_bytes = type_.row_bytes(tensor, columns)
@@ -95,6 +110,11 @@ def quantize(
     source = np.ascontiguousarray(rows, dtype=np.float32)
     blocks = np.empty((n, row_bytes), dtype=np.uint8)
     weights = None
+    if importance is None and type_.name in NEED_IMPORTANCE:
+        raise RecipeError(
+            f"{tensor}: {type_.name} is rounded by what its columns are worth, which --rounding nearest does "
+            "not know"
+        )
     if importance is not None:
         weights = np.ascontiguousarray(importance, dtype=np.float32)
         if weights.shape != (columns,):

@@ -10,7 +10,7 @@ Shapes: R rows, C columns, S blocks per row, G groups of one scale per block, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.compensate import Compensation, Steps, choose, refit
+from export.compensate import Compensation, Steps, choose, choose_blocks, refit
 from export.ggml import quantize
+from fox_edge.errors import MissingPackageError
 from fox_edge.quant import QuantType
 
-# The values of the non-linear 4-bit types' levels.
-_IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0)
-_IQ4 += (1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+try:
+    import gguf
+except ImportError:
+    raise MissingPackageError("gguf", "gguf") from None
+
+# What the levels of the non-linear 4-bit types stand for.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # More would be infinite in float16.
 _FLOAT16_MAX = 65504.0
 
@@ -34,31 +39,58 @@ class Layout:
     """How blocks (N, bytes) of a type hold their numbers.
 
     `factors`: byte places of the float16 numbers, the scales' and then the offsets', that all others of the
-    block are multiples of. `multiples`: for blocks the whole numbers (N, G), of the scales and of the offsets;
-    None: all 1. `levels`: the lowest level and how many there are, or their values. `get` and `put` read and
-    write level numbers (N, block size), from 0, uint8.
+    block are multiples of. `multiples`: for blocks the whole numbers (N, G), of the scales and of the
+    offsets; None: all 1. `levels`: what the level numbers stand for. `get` and `put` read and write level
+    numbers (N, block size), from 0, uint8.
     """
 
     factors: tuple[int, ...]
     multiples: Callable[[Tensor], tuple[Tensor, ...]] | None
-    levels: tuple[int, int] | tuple[float, ...]
+    levels: Sequence[int]
     get: Callable[[Tensor], Tensor]
     put: Callable[[Tensor, Tensor], None]
 
 
 def quantize_compensated(
     type_: QuantType, rows: Tensor, guide: Compensation, tensor: str = "rows"
-) -> tuple[NDArray[np.uint8], Tensor]:
+) -> NDArray[np.uint8]:
     """Round float32 rows (R, C) so that their product with the input changes least.
 
-    Returns ggml's blocks (R, bytes of a row) and the rows as they can be read from them, float32 (R, C).
+    Returns ggml's blocks (R, bytes of a row). Types whose blocks are not taken apart here are rounded block
+    by block by ggml, each block making good the errors of those before.
     """
+    rows = guide.target(rows)
+    if type_.name not in LAYOUTS:
+        return _by_blocks(type_, rows, guide, tensor)
     blocks = torch.from_numpy(quantize(type_, rows.numpy(), guide.importance.numpy(), tensor))
     grid = BlockGrid(blocks, type_)
     numbers = choose(rows, grid.steps(), guide)
     grid.factors = refit(rows, grid.basis(numbers), grid.factors, guide)
     grid.store(numbers)
-    return blocks.numpy(), grid.steps().values(numbers)
+    return blocks.numpy()
+
+
+def _by_blocks(type_: QuantType, rows: Tensor, guide: Compensation, tensor: str) -> NDArray[np.uint8]:
+    found: list[NDArray[np.uint8]] = []
+
+    def rounded(columns: Tensor, importance: Tensor) -> Tensor:
+        found.append(quantize(type_, columns.numpy(), importance.numpy(), tensor))
+        return dequantize(type_, found[-1])
+
+    choose_blocks(rows, type_.block_size, rounded, guide)
+    return np.concatenate(found, axis=1)
+
+
+def dequantize(type_: QuantType, blocks: NDArray[np.uint8]) -> Tensor:
+    """Rows of blocks (R, bytes) as they can be read, float32 (R, C)."""
+    if type_.bits == 0:
+        kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[type_.name]
+        return torch.from_numpy(blocks).view(kind).float()
+    if type_.name not in LAYOUTS:
+        kind = getattr(gguf.GGMLQuantizationType, type_.name.upper())
+        return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(blocks, kind), np.float32))
+    grid = BlockGrid(torch.from_numpy(blocks), type_)
+    return grid.steps().values(grid.layout.get(grid.blocks).view(len(blocks), -1))
 
 
 class BlockGrid:
@@ -85,14 +117,13 @@ class BlockGrid:
         )
         offsets = rest[0] if rest else torch.zeros_like(scales)
         levels = self.layout.levels
-        if len(levels) == 2:
-            return Steps(scales, offsets + levels[0] * scales, int(levels[1]))
-        return Steps(scales, offsets, len(levels), torch.tensor(levels))
+        if isinstance(levels, range):
+            return Steps(scales, offsets + levels[0] * scales, len(levels))
+        return Steps(scales, offsets, len(levels), torch.tensor(levels, dtype=torch.float32))
 
     def levels(self, numbers: Tensor) -> Tensor:
         """Level numbers (R, C) -> levels (R, S, G, K), float32."""
-        levels = self.layout.levels
-        values = numbers.float() + levels[0] if len(levels) == 2 else torch.tensor(levels)[numbers.long()]
+        values = torch.tensor(self.layout.levels, dtype=torch.float32)[numbers.long()]
         return values.view(*self.multiples[0].shape, -1)
 
     def basis(self, numbers: Tensor) -> list[Tensor]:
@@ -204,16 +235,18 @@ def _iq4_xs_scales(blocks: Tensor) -> tuple[Tensor, ...]:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "q8_0": Layout((0,), None, (-127, 255), *_bytes(2, 32)),
-    "q4_0": Layout((0,), None, (-8, 16), *_bits(((2, 32, 16, 4),))),
-    "q4_1": Layout((0, 2), None, (0, 16), *_bits(((4, 32, 16, 4),))),
-    "q5_0": Layout((0,), None, (-16, 32), *_bits(((6, 32, 16, 4), (2, 32, 1, 1)))),
-    "q5_1": Layout((0, 2), None, (0, 32), *_bits(((8, 32, 16, 4), (4, 32, 1, 1)))),
+    "q8_0": Layout((0,), None, range(-127, 128), *_bytes(2, 32)),
+    "q4_0": Layout((0,), None, range(-8, 8), *_bits(((2, 32, 16, 4),))),
+    "q4_1": Layout((0, 2), None, range(16), *_bits(((4, 32, 16, 4),))),
+    "q5_0": Layout((0,), None, range(-16, 16), *_bits(((6, 32, 16, 4), (2, 32, 1, 1)))),
+    "q5_1": Layout((0, 2), None, range(32), *_bits(((8, 32, 16, 4), (4, 32, 1, 1)))),
     "iq4_nl": Layout((0,), None, _IQ4, *_bits(((2, 32, 16, 4),))),
-    "q2_k": Layout((80, 82), _q2_k_scales, (0, 4), *_bits(((16, 256, 32, 2),))),
-    "q3_k": Layout((108,), _q3_k_scales, (-4, 8), *_bits(((32, 256, 32, 2), (0, 256, 32, 1)))),
-    "q4_k": Layout((0, 2), _six_bits(4), (0, 16), *_bits(((16, 256, 32, 4),))),
-    "q5_k": Layout((0, 2), _six_bits(4), (0, 32), *_bits(((48, 256, 32, 4), (16, 256, 32, 1)))),
-    "q6_k": Layout((208,), _q6_k_scales, (-32, 64), *_bits(((0, 256, 64, 4), (128, 256, 32, 2)))),
+    "q2_k": Layout((80, 82), _q2_k_scales, range(4), *_bits(((16, 256, 32, 2),))),
+    "q3_k": Layout((108,), _q3_k_scales, range(-4, 4), *_bits(((32, 256, 32, 2), (0, 256, 32, 1)))),
+    "q4_k": Layout((0, 2), _six_bits(4), range(16), *_bits(((16, 256, 32, 4),))),
+    "q5_k": Layout((0, 2), _six_bits(4), range(32), *_bits(((48, 256, 32, 4), (16, 256, 32, 1)))),
+    "q6_k": Layout((208,), _q6_k_scales, range(-32, 32), *_bits(((0, 256, 64, 4), (128, 256, 32, 2)))),
+    "q1_0": Layout((0,), None, (-1, 1), *_bits(((2, 128, 1, 1),))),
+    "tq2_0": Layout((64,), None, range(-1, 2), *_bits(((0, 256, 32, 2),))),
     "iq4_xs": Layout((0,), _iq4_xs_scales, _IQ4, *_bits(((8, 256, 16, 4),))),
 }

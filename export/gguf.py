@@ -1,8 +1,8 @@
 """Checkpoint in, GGUF artifact out: one pass from safetensors to the final file, no intermediate model.
 
-Every tensor's place in the file is known beforehand, so a few threads each take a chunk of rows, quantize
-it with ggml's own C code and write it where it belongs; memory stays at a few chunks per thread. Knows the
-order of the file and llama.cpp's row order for q and k; names and metadata are gguf_header's, blocks ggml's.
+Every tensor's place in the file is known beforehand, so rows are rounded and written in whatever order the
+rounding wants (rounding.py); memory stays at a few pieces of a matrix. Knows the order of the file and
+llama.cpp's row order for q and k; names and metadata are gguf_header's, blocks ggml's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from export.common import (
@@ -24,39 +25,28 @@ from export.common import (
     finish,
     make_manifest,
     needed_bytes,
-    one_torch_thread,
     tensor_bytes,
     versions,
     write_at,
 )
+from export.compensate import Compensation
 from export.ggml import library, quantize
+from export.ggml_grids import dequantize, quantize_compensated
 from export.gguf_header import TensorPlace, pad, write_header
 from export.modelfile import MODELFILE, modelfile
+from export.rounding import COMPENSATED_ROWS, Guide, guidance, write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, RecipeError
 from fox_edge.gguf_format import stored_name
 from fox_edge.processors import available_cores
 from fox_edge.quant import GGUF, TYPES, Assignment, Recipe
 
-# Float32 rows that one thread holds at once.
-CHUNK_BYTES = 16 << 20
-# More would not be faster than the disk, and each holds a chunk.
+# Weights per task: a few megabytes of float32 rows, long enough that starting it does not count.
+TASK_WEIGHTS = 1 << 20
+# More would not be faster than the disk, and each holds a task's rows.
 MAX_THREADS = 16
-# How many chunks of a tensor are read before its pages go back to the system.
-RELEASE_EVERY = 8
 _FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows [start, stop) of one tensor; `last` ones let go of the pages read so far."""
-
-    place: TensorPlace
-    start: int
-    stop: int
-    last: bool
 
 
 def export_gguf(
@@ -68,25 +58,41 @@ def export_gguf(
     threads: int | None = None,
     progress: Progress | None = None,
     verify: Verify | None = None,
+    rounding: str | None = None,
+    calibrate: Path | None = None,
+    imatrix: Path | None = None,
 ) -> Artifact:
     """Write the artifact folder `target`: GGUF file, configuration, tokenizer, card, manifest.
 
-    `threads` quantize side by side (default: one per core, at most MAX_THREADS); `progress` is told the
-    bytes done and in all, of the checkpoint's weights. Raises FoxEdgeError's children in one sentence; then
-    nothing is left behind.
+    `rounding` is one of quant.ROUNDINGS (None: the recipe's, else the best that is worth it for its types);
+    `calibrate` is a UTF-8 file with text like the model's users' (None: the built-in text), `imatrix` an
+    importance matrix of the checkpoint, which takes the text's place. `threads` round side by side (default:
+    one per core, at most MAX_THREADS); `progress(done, total)` counts the work. Raises FoxEdgeError's
+    children in one sentence; then nothing is left behind.
     """
     if recipe.format != GGUF:
         raise RecipeError(f"recipe {recipe.name} is for {recipe.format}, but this is an export to {GGUF}")
     library()  # a missing package is told before any work
     assignments = recipe.resolve(checkpoint.shapes())
     places = plan(checkpoint, assignments)
+    guide = guidance(checkpoint, recipe, assignments, rounding=rounding, calibrate=calibrate, imatrix=imatrix)
+    made_by = versions("gguf", "llama-cpp-python", "torch")
     with ArtifactWriter(target, replace) as writer, _background(checkpoint) as digest:
         writer.need(needed_bytes(checkpoint, assignments))
         copy_side_files(writer, checkpoint)
         path = writer.folder / model_file_name(checkpoint, recipe)
         (writer.folder / MODELFILE).write_text(modelfile(checkpoint, path.name), encoding="utf-8")
-        start = write_header(path, checkpoint, recipe, places)
-        write_tensors(path, start, checkpoint, places, threads or default_threads(), progress)
+        write_weights(
+            path,
+            target,
+            checkpoint,
+            guide,
+            {"types": {place.name: place.type for place in places}, "versions": made_by},
+            prepare=lambda file: begin(file, checkpoint, recipe, places),
+            target=lambda handle: GgufTarget(handle, checkpoint, places),
+            threads=threads or default_threads(),
+            progress=progress,
+        )
         manifest = make_manifest(
             checkpoint,
             recipe,
@@ -96,7 +102,8 @@ def export_gguf(
                 for p in places
             ],
             checkpoint_sha256=digest.result(),
-            versions=versions("gguf", "llama-cpp-python", "torch"),
+            versions=made_by,
+            rounding=guide.to_json(),
         )
         return finish(writer, checkpoint, manifest, verify)
 
@@ -123,44 +130,57 @@ def plan(checkpoint: Checkpoint, assignments: Mapping[str, Assignment]) -> list[
     return places
 
 
-def write_tensors(
-    path: Path,
-    start: int,
-    checkpoint: Checkpoint,
-    places: list[TensorPlace],
-    threads: int,
-    progress: Progress | None,
-) -> None:
-    """Quantize and write every tensor behind the header, chunks of rows side by side."""
-    chunks = [chunk for place in places for chunk in cut(place, checkpoint.config)]
-    sizes = [_stored_bytes(checkpoint, chunk) for chunk in chunks]
-    done, total = 0, sum(sizes)
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        # Reserves nothing, but gives the padding behind the last tensor its zeros.
-        os.ftruncate(handle, start + pad(places[-1].offset + places[-1].bytes))
-        with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(_write_chunk, handle, start, checkpoint, chunk) for chunk in chunks]
-            try:
-                for future, size in zip(futures, sizes, strict=True):
-                    future.result()
-                    done += size
-                    if progress is not None:
-                        progress(done, total)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    finally:
-        os.close(handle)
+def begin(path: Path, checkpoint: Checkpoint, recipe: Recipe, places: list[TensorPlace]) -> None:
+    """Create the file: its header, and room for the weights, which are zeros until they are written."""
+    start = write_header(path, checkpoint, recipe, places)
+    os.truncate(path, start + _weight_bytes(places))
 
 
-def cut(place: TensorPlace, config: FoxConfig) -> Iterator[Chunk]:
-    """Chunks of whole rows, and of whole heads for q and k; a vector is one row."""
-    rows = place.shape[0] if len(place.shape) == 2 else 1
-    unit = config.head_dim if is_rotated(place.name) else 1
-    step = max(1, CHUNK_BYTES // (4 * place.shape[-1] * unit)) * unit
-    for number, first in enumerate(range(0, rows, step)):
-        stop = min(first + step, rows)
-        yield Chunk(place, first, stop, stop == rows or number % RELEASE_EVERY == RELEASE_EVERY - 1)
+def _weight_bytes(places: list[TensorPlace]) -> int:
+    """Bytes from the first weight to the end of the file."""
+    return pad(places[-1].offset + places[-1].bytes)
+
+
+class GgufTarget:
+    """The file of an export, begun; see `rounding.Target`."""
+
+    def __init__(self, handle: int, checkpoint: Checkpoint, places: list[TensorPlace]) -> None:
+        self.handle, self.head_dim = handle, checkpoint.config.head_dim
+        self.places = {place.name: place for place in places}
+        self.start = os.fstat(handle).st_size - _weight_bytes(places)
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a tensor is stored as integers."""
+        return TYPES[GGUF, self.places[name].type].bits > 0
+
+    def task_rows(self, name: str, guide: Guide) -> int:
+        """Rows of one task: whole heads of q and k."""
+        rows = TASK_WEIGHTS // self.places[name].shape[-1]
+        if isinstance(guide, Compensation):
+            rows = max(rows, COMPENSATED_ROWS)
+        unit = self.head_dim if is_rotated(name) else 1
+        return max(1, rows // unit) * unit
+
+    def column_scales(self, name: str) -> Tensor | None:
+        """None: llama.cpp's graph has no place for them."""
+        return None
+
+    def put(self, name: str, start: int, rows: Tensor, guide: Guide, keep: Tensor | None) -> Tensor | None:
+        """Round and write rows (n, C); returns those that are to be kept as they can be read back."""
+        place = self.places[name]
+        kind = TYPES[GGUF, place.type]
+        rows = rows.reshape(-1, place.shape[-1])
+        if kind.name == "f16" and (largest := float(rows.abs().max())) > _FLOAT16_MAX:
+            raise CheckpointError(f"{name}: a weight of {largest:g} does not fit f16; choose bf16 or f32")
+        if isinstance(guide, Compensation):
+            blocks = quantize_compensated(kind, rows, guide, name)
+        else:
+            blocks = quantize(kind, rows.numpy(), None if guide is None else guide.numpy(), name)
+        stored = (
+            interleave_heads(torch.from_numpy(blocks), self.head_dim).numpy() if is_rotated(name) else blocks
+        )
+        write_at(self.handle, stored.reshape(-1).data, self.start + place.offset + start * blocks.shape[1])
+        return None if keep is None else dequantize(kind, np.ascontiguousarray(blocks[keep.numpy()]))
 
 
 def is_rotated(name: str) -> bool:
@@ -175,26 +195,6 @@ def interleave_heads(rows: Tensor, head_dim: int) -> Tensor:
     """
     halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
     return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def _write_chunk(handle: int, start: int, checkpoint: Checkpoint, chunk: Chunk) -> None:
-    """Read, reorder, quantize and write one chunk; runs in a thread of the pool."""
-    place, kind = chunk.place, TYPES[GGUF, chunk.place.type]
-    rows = checkpoint.float_rows(place.name, chunk.start, chunk.stop).reshape(-1, place.shape[-1])
-    if kind.name == "f16" and (largest := float(rows.abs().max())) > _FLOAT16_MAX:
-        raise CheckpointError(f"{place.name}: a weight of {largest:g} does not fit f16; choose bf16 or f32")
-    if is_rotated(place.name):
-        rows = interleave_heads(rows, checkpoint.config.head_dim)
-    blocks = quantize(kind, rows.numpy(), tensor=place.name)
-    del rows
-    if chunk.last:
-        checkpoint.release(place.name)
-    write_at(handle, blocks.reshape(-1).data, start + place.offset + chunk.start * blocks.shape[1])
-
-
-def _stored_bytes(checkpoint: Checkpoint, chunk: Chunk) -> int:
-    """Bytes that a chunk takes in the checkpoint."""
-    return (chunk.stop - chunk.start) * chunk.place.shape[-1] * checkpoint.dtype(chunk.place.name).itemsize
 
 
 @contextmanager

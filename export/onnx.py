@@ -1,8 +1,8 @@
 """A checkpoint becomes an ONNX artifact: `model.onnx` (the graph) and `model.onnx_data` (the weights).
 
 Places are planned first (onnx_layout.py), then the graph is built (onnx_graph.py), then the weights stream
-into their places (onnx_weights.py); no float copy of the model ever exists. Knows the order of these steps
-and what the manifest says of them; not operators, nor arithmetic, nor what verification checks.
+into their places (rounding.py, onnx_weights.py); no float copy of the model ever exists. Knows the order of
+these steps and what the manifest says of them; not operators, nor arithmetic, nor what verification checks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from export.calibration import Calibration, read_calibration
 from export.common import (
     Progress,
     Verify,
@@ -24,12 +23,13 @@ from export.common import (
 from export.onnx_clients import OPTIMUM, client_notes, write_client_files
 from export.onnx_graph import build_graph
 from export.onnx_layout import Layout, plan
-from export.onnx_weights import write_weights
+from export.onnx_weights import OnnxTarget
+from export.rounding import guidance, write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import RecipeError
 from fox_edge.processors import available_cores
-from fox_edge.quant import NEAREST, ONNX, Assignment, Recipe
+from fox_edge.quant import ONNX, Assignment, Recipe
 
 MODEL_FILE = "model.onnx"
 # The name under which Optimum and transformers.js look for a model's weights.
@@ -48,13 +48,15 @@ def export_onnx(
     compat: Collection[str] = (),
     rounding: str | None = None,
     calibrate: Path | None = None,
+    imatrix: Path | None = None,
 ) -> Artifact:
     """Write the artifact folder `target`; `verify` looks at it before it gets its name.
 
     `rounding` is one of quant.ROUNDINGS (None: the recipe's, else the best that is worth it for its types);
-    `calibrate` is a UTF-8 file with text like the model's users' (None: the built-in text).
+    `calibrate` is a UTF-8 file with text like the model's users' (None: the built-in text), `imatrix` an
+    importance matrix of the checkpoint, which takes the text's place.
     `compat` names clients of onnx_clients.COMPAT that get a graph which costs others something.
-    `progress(done_bytes, total_bytes)` counts the checkpoint's bytes. Raises RecipeError, CheckpointError
+    `progress(done, total)` counts the work. Raises RecipeError, CheckpointError
     (a NaN weight), ArtifactError (the target), VerificationError; then nothing is left behind.
     """
     if recipe.format != ONNX:
@@ -66,19 +68,21 @@ def export_onnx(
         )
     assignments = recipe.resolve(checkpoint.shapes())
     layout = plan(config, assignments)
-    rounding = recipe.rounding_of(assignments, rounding)
-    calibration = _calibration(checkpoint, rounding, calibrate)
+    guide = guidance(checkpoint, recipe, assignments, rounding=rounding, calibrate=calibrate, imatrix=imatrix)
     with ArtifactWriter(target, replace) as writer:
         writer.need(needed_bytes(checkpoint, assignments) + layout.table_bytes)
         padded = OPTIMUM in compat
         model = build_graph(config, layout, DATA_FILE, padded=padded)
         (writer.folder / MODEL_FILE).write_bytes(model.SerializeToString())
+        made_by = versions("onnx", "torch", "numpy")
         write_weights(
             writer.folder / DATA_FILE,
+            target,
             checkpoint,
-            layout,
-            rounding=rounding,
-            calibration=calibration,
+            guide,
+            {"types": {name: given.type.name for name, given in assignments.items()}, "versions": made_by},
+            prepare=lambda path: path.touch(),
+            target=lambda handle: OnnxTarget(handle, checkpoint, layout),
             threads=threads or available_cores(),
             progress=progress,
         )
@@ -90,20 +94,11 @@ def export_onnx(
             model_file=MODEL_FILE,
             tensors=_records(checkpoint, layout, assignments),
             checkpoint_sha256=checkpoint.digest(),
-            versions=versions("onnx", "torch", "numpy"),
+            versions=made_by,
             notes=client_notes(writer.folder, compat),
-            rounding={"rounding": rounding, "calibration": calibration and calibration.to_json()},
+            rounding=guide.to_json(),
         )
         return finish(writer, checkpoint, manifest, verify)
-
-
-def _calibration(checkpoint: Checkpoint, rounding: str, file: Path | None) -> Calibration | None:
-    """The text that this rounding needs; none for rounding to nearest."""
-    if rounding != NEAREST:
-        return read_calibration(checkpoint.tokenizer(), checkpoint.config.max_positions, file)
-    if file is not None:
-        raise RecipeError(f"{file}: calibration text, but nothing of this export is rounded by it")
-    return None
 
 
 def _records(

@@ -101,7 +101,8 @@ def _imatrix(args: argparse.Namespace) -> None:
         args,
         result,
         lambda r: (
-            f"{r['imatrix']}: what {r['matrices']} matrices read in {r['tokens']:,} tokens, {r['seconds']:.1f} s"
+            f"{r['imatrix']}: what {r['matrices']} matrices read in {r['tokens']:,} tokens, "
+            f"{r['seconds']:.1f} s"
         ),
     )
 
@@ -296,6 +297,7 @@ def _session(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_threads": args.prompt_threads,
         **choices,
         "accuracy_level": args.accuracy_level,
+        "speculate": getattr(args, "speculate", None),
         "cache": not args.no_cache,
     }
 
@@ -418,6 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _sampling_options(chat)
     _context(chat)
+    _speculation(chat, "auto")
     _session_options(chat)
     _threads(chat)
 
@@ -450,6 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--decode-tokens", type=_positive, default=64)
     bench.add_argument("--repeats", type=_positive, default=3)
     _context(bench)
+    _speculation(bench, "off")
     _session_options(bench)
     _threads(bench)
 
@@ -551,6 +555,23 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, help="sample tokens of this share of the likeliest's chance")
     parser.add_argument("--repeat-penalty", type=float, help="above 1: tokens seen of late are less likely")
     parser.add_argument("--seed", type=int, help="the same answers again (default: a new one, told)")
+
+
+def _speculation(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--speculate",
+        type=_guesses,
+        default=default,
+        metavar="auto|off|N",
+        help="guess tokens from what came before, greedy answers only: as many as pay, none, or N at once "
+        f"(default: {default})",
+    )
+
+
+def _guesses(text: str) -> int | str | None:
+    if text in ("auto", "off"):
+        return text if text == "auto" else None
+    return _positive(text)
 
 
 def _context(parser: argparse.ArgumentParser) -> None:

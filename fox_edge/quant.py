@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +105,20 @@ _TABLE: tuple[QuantType, ...] = (
     _gguf("q4_0", 4, 32, 18, 0.25),
     _gguf("iq4_nl", 4, 32, 18, 0.2),
     _gguf("iq4_xs", 4, 256, 136, 0.2),
+    _gguf("mxfp4", 4, 32, 17, 0.3),
+    _gguf("nvfp4", 4, 64, 36, 0.25),
     _gguf("q3_k", 3, 256, 110, 0.4),
+    _gguf("iq3_s", 3, 256, 110, 0.4),
+    _gguf("iq3_xxs", 3, 256, 98, 0.5),
     _gguf("q2_k", 2, 256, 84, 0.7),
+    _gguf("iq2_s", 2, 256, 82, 0.7),
+    _gguf("iq2_xs", 2, 256, 74, 0.75),
+    _gguf("iq2_xxs", 2, 256, 66, 0.8),
+    _gguf("tq2_0", 2, 256, 66, 0.9),
+    _gguf("tq1_0", 2, 256, 54, 0.9),
+    _gguf("iq1_m", 1, 256, 56, 0.9),
+    _gguf("iq1_s", 1, 256, 50, 0.9),
+    _gguf("q1_0", 1, 128, 18, 0.9),
     QuantType("float32", ONNX, 0, 1, 32, 1e-6),
     *(
         _onnx(bits, block_size, symmetric)
@@ -123,7 +137,18 @@ _FALLBACKS = {
         "q4_k": "q5_0",
         "iq4_xs": "iq4_nl",
         "q3_k": "iq4_nl",
+        "iq3_s": "iq4_nl",
+        "iq3_xxs": "iq4_nl",
         "q2_k": "iq4_nl",
+        "iq2_s": "iq4_nl",
+        "iq2_xs": "iq4_nl",
+        "iq2_xxs": "iq4_nl",
+        "tq2_0": "iq4_nl",
+        "tq1_0": "iq4_nl",
+        "iq1_m": "iq4_nl",
+        "iq1_s": "iq4_nl",
+        "nvfp4": "mxfp4",
+        "q1_0": "iq4_nl",
     },
     ONNX: {},
 }
@@ -172,14 +197,15 @@ class Recipe:
         """
         for _, type_name in (*self.rules, ("", self.default)):
             self._type(type_name)
-        self._check_rules(list(shapes))
-        return {name: self._assign(name, shape) for name, shape in shapes.items()}
+        names = _with_places(shapes)
+        self._check_rules(names)
+        return {name: self._assign(name, shape, names[name]) for name, shape in shapes.items()}
 
-    def _check_rules(self, names: list[str]) -> None:
+    def _check_rules(self, names: dict[str, tuple[str, ...]]) -> None:
         """Every rule must decide about some tensor: name one that no rule before it has taken."""
         taken: dict[str, str] = {}  # tensor -> the rule that decides about it
         for pattern, _ in self.rules:
-            named = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            named = [name for name, also in names.items() if _matches(also, pattern)]
             # A rule about the head is for untied models; it is no mistake in a recipe that serves both.
             if not named and pattern != HEAD:
                 raise RecipeError(f"recipe {self.name}: '{pattern}' names none of {len(names)} tensors")
@@ -193,14 +219,16 @@ class Recipe:
                 )
             taken |= dict.fromkeys(free, pattern)
 
-    def rounding_of(self, assignments: dict[str, Assignment], asked: str | None = None) -> str:
-        """How an export by this recipe rounds: as asked, as the recipe says, else by compensation.
+    def rounding_of(self, assignments: Mapping[str, Assignment], asked: str | None = None) -> str:
+        """How an export by this recipe rounds: as asked, as the recipe says, else what its types are worth.
 
-        Only types of at most 4 bits gain from more than rounding to nearest; without any, that is the answer.
+        That is compensation when some have at most 4 bits; wider ones hardly gain from it. Without integers
+        there is nothing to choose.
         """
-        if not any(given.type.is_narrow for given in assignments.values()):
+        types = [given.type for given in assignments.values()]
+        if not any(type_.bits for type_ in types):
             return NEAREST
-        return asked or self.rounding or COMPENSATED
+        return asked or self.rounding or (COMPENSATED if any(t.is_narrow for t in types) else NEAREST)
 
     def _type(self, name: str) -> QuantType:
         found = TYPES.get((self.format, name))
@@ -211,10 +239,10 @@ class Recipe:
             )
         return found
 
-    def _assign(self, name: str, shape: tuple[int, ...]) -> Assignment:
+    def _assign(self, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Assignment:
         if len(shape) == 1:
             return Assignment(self._type(_VECTOR[self.format]))
-        asked = next((t for pattern, t in self.rules if fnmatch.fnmatchcase(name, pattern)), self.default)
+        asked = next((t for pattern, t in self.rules if _matches(names, pattern)), self.default)
         given = self._type(asked)
         if not given.holds(shape[1]):
             given = self._fallback(given, shape[1])
@@ -242,14 +270,45 @@ class Recipe:
         return self._type(_PLAIN[asked.format])
 
 
+def _with_places(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Tensor name -> the names that a rule may know it by: those of the first and last layer have two."""
+    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))]
+    places = {0: "first", max(layers, default=0): "last"}
+    return {
+        name: (
+            name,
+            *(
+                name.replace(f".layers.{number}.", f".layers.{place}.")
+                for number, place in places.items()
+                if f".layers.{number}." in name
+            ),
+        )
+        for name in shapes
+    }
+
+
+def _matches(names: tuple[str, ...], pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
 INT8_LIMITS = Limits(mean_kl_nats=0.005, greedy_tokens=32)
 INT4_LIMITS = Limits(mean_kl_nats=0.1, greedy_tokens=0)
 
-# The tied matrix costs quality twice (as embedding and as head), so GGUF's int4 keeps it wider than the body.
-# ONNX's has column scales and compensated rounding instead.
+_BOTH_HEADS = ((EMBEDDING, "q6_k"), (HEAD, "q6_k"))
+# Where a wider type is worth its bytes: keys and values are a few rows that everything reads, and what the
+# first and the last layer put into the residual stream nothing else makes good (measured, docs/gguf.md).
+_SENSITIVE = ("*.k_proj.weight", "*.v_proj.weight", "*.layers.first.mlp.down*", "*.layers.last.mlp.down*")
+
+
+def _sensitive(type_name: str) -> tuple[tuple[str, str], ...]:
+    return tuple((pattern, type_name) for pattern in _SENSITIVE)
+
+
+# The tied matrix costs quality twice (as embedding and as head), so GGUF keeps it wider than the body. ONNX's
+# has column scales and compensated rounding instead.
 PRESETS: dict[tuple[str, str], Recipe] = {
     (GGUF, "int8"): Recipe("int8", GGUF, "q8_0", (), INT8_LIMITS),
-    (GGUF, "int4"): Recipe("int4", GGUF, "q4_k", ((EMBEDDING, "q6_k"), (HEAD, "q6_k")), INT4_LIMITS),
+    (GGUF, "int4"): Recipe("int4", GGUF, "q4_k", (*_BOTH_HEADS, *_sensitive("q6_k")), INT4_LIMITS),
     (ONNX, "int8"): Recipe("int8", ONNX, "q8s128", (), INT8_LIMITS),
     (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", (), INT4_LIMITS),
 }
@@ -285,9 +344,10 @@ def read_recipe(path: Path, format: str) -> Recipe:
     """Read a recipe file:
 
         default = "q4_k"
-        rounding = "nearest"           # optional, ONNX only: nearest, search or compensated
+        rounding = "nearest"           # optional: nearest, search or compensated
         [tensors]                      # first match wins, so exceptions come first; shell patterns over
-                                       # Hugging Face names; a rule that decides nothing is refused
+                                       # Hugging Face names; a rule that decides nothing is refused;
+                                       # "layers.first" and "layers.last" are names too
         "model.embed_tokens.weight" = "q6_k"
         [limits]                       # optional
         mean_kl_nats = 0.1
@@ -310,11 +370,8 @@ def read_recipe(path: Path, format: str) -> Recipe:
         raise RecipeError(f"{path}: unknown key '{unknown[0]}'; known: default, rounding, tensors, limits")
     default, tensors = fields.get("default"), fields.get("tensors", {})
     rounding = fields.get("rounding")
-    if rounding not in (None, *(ROUNDINGS if format == ONNX else (NEAREST,))):
-        raise RecipeError(
-            f"{path}: rounding is {rounding!r}, but must be {' or '.join(ROUNDINGS)}"
-            + ("" if format == ONNX else f" for ONNX, and is always {NEAREST} for {format}")
-        )
+    if rounding not in (None, *ROUNDINGS):
+        raise RecipeError(f"{path}: rounding is {rounding!r}, but must be {' or '.join(ROUNDINGS)}")
     if not isinstance(default, str):
         raise RecipeError(f"{path}: 'default' must name a quantization type")
     if not isinstance(tensors, dict) or not all(isinstance(t, str) for t in tensors.values()):

@@ -1,4 +1,4 @@
-"""Calibration: the windows of a text, and the reference model walked through matrix by matrix."""
+"""Calibration: the windows of a text, built in or the user's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from export import calibration
-from export.calibration import GRAM_TOKENS, WINDOW, Calibration, read_calibration, walk
+from export.calibration import GRAM_TOKENS, WINDOW, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
-from fox_edge.quant import EMBEDDING
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in float32, whatever the processor is good at."""
-    monkeypatch.setattr(calibration, "product", torch.nn.functional.linear)
 
 
 def test_the_built_in_text_fills_its_windows(nano: Checkpoint) -> None:
@@ -82,45 +75,3 @@ def test_a_text_too_large(nano: Checkpoint, tmp_path: Path, monkeypatch: pytest.
     file.write_bytes(b"x" * 101)
     with pytest.raises(FoxEdgeError, match="101 bytes, but calibration text has at most 100"):
         read_calibration(nano.tokenizer(), 1024, file)
-
-
-def windows_of(checkpoint: Checkpoint, count: int = 3, length: int = 20) -> Calibration:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, checkpoint.config.vocab_size, (count, length), generator=generator)
-    return Calibration(ids, "test", "")
-
-
-@pytest.mark.parametrize("which", ["tiny", "tiny_untied"])
-def test_a_walk_is_a_forward_pass(which: str, request: pytest.FixtureRequest, exact: None) -> None:
-    checkpoint: Checkpoint = request.getfixturevalue(which)
-    windows = windows_of(checkpoint).windows
-    seen: dict[str, torch.Tensor] = {}
-
-    def visit(name: str, x: torch.Tensor) -> torch.Tensor:
-        seen[name] = x
-        return checkpoint.float_rows(name)
-
-    got = walk(checkpoint, checkpoint.tensor(EMBEDDING)[windows].float(), visit)
-    model = checkpoint.load_model()
-    inputs: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(
-                lambda _, x, name=name: inputs.__setitem__(f"{name}.weight", x[0].flatten(0, 1))
-            )
-    with torch.inference_mode():
-        want = model.hidden(windows)
-    torch.testing.assert_close(got, want.flatten(0, 1), rtol=1e-4, atol=1e-5)
-    assert list(seen) == list(inputs)
-    for name, x in inputs.items():
-        torch.testing.assert_close(seen[name], x, rtol=1e-4, atol=1e-5)
-    first = "model.layers.0.self_attn."
-    assert seen[f"{first}q_proj.weight"].data_ptr() == seen[f"{first}v_proj.weight"].data_ptr()
-
-
-def test_a_walk_goes_on_with_what_it_is_given(tiny: Checkpoint, exact: None) -> None:
-    embedded = tiny.tensor(EMBEDDING)[windows_of(tiny).windows].float()
-    silenced = walk(tiny, embedded, lambda name, _: torch.zeros(tiny.shapes()[name]))
-    norm = tiny.load_model().model.norm
-    with torch.inference_mode():
-        torch.testing.assert_close(silenced, norm(embedded).flatten(0, 1))

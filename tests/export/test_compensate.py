@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,9 @@ def test_an_error_is_made_good_by_a_twin_column() -> None:
     x[:, 2] = 0
     guide = Compensation.of(gram(x), damping=1e-4)
     assert guide.order[:2].tolist() == [0, 1]
-    guide = guide._replace(importance=torch.tensor([1e-6, 1e-6, 1.0] + [0.0] * 13))  # the step stays 1
+    guide = dataclasses.replace(
+        guide, importance=torch.tensor([1e-6, 1e-6, 1.0] + [0.0] * 13)
+    )  # the step stays 1
     got = quantize_compensated(row, type_, guide)
     restored = dequantize(got, type_)[0]
     assert dequantize(quantize(row, type_), type_)[0, :3].tolist() == [3, 2, 8]

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from export import ggml
+from export import ggml, ggml_grids
 from fox_edge.errors import MissingPackageError, RecipeError
 from fox_edge.quant import GGUF, TYPES, type_names
 
@@ -42,17 +42,38 @@ def test_bytes_are_those_of_gguf_pys_numpy(name: str) -> None:
     np.testing.assert_array_equal(ours, theirs.view(np.uint8).reshape(ours.shape))
 
 
+def _read(name: str, blocks: np.ndarray) -> np.ndarray:
+    """What blocks stand for, without our code where gguf-py reads the type."""
+    if name == "f32":
+        return np.frombuffer(blocks.tobytes(), "<f4")
+    if name == "q1_0":
+        return ggml_grids.dequantize(TYPES[GGUF, name], blocks).numpy()
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name.upper()])
+
+
 @pytest.mark.parametrize("name", type_names(GGUF))
 def test_every_type_stays_within_its_bound(name: str) -> None:
     type_, rows = TYPES[GGUF, name], _normal(8, 1024, seed=1)
-    blocks = ggml.quantize(type_, rows)
+    blocks = ggml.quantize(type_, rows, np.ones(1024, dtype=np.float32))
     assert blocks.shape == (8, type_.row_bytes("t", 1024))
-    kind = gguf.GGMLQuantizationType[name.upper()]
-    back = np.frombuffer(blocks.tobytes(), "<f4") if name == "f32" else gguf.quants.dequantize(blocks, kind)
+    back = _read(name, blocks)
     error = np.linalg.norm(back.reshape(rows.shape) - rows) / np.linalg.norm(rows)
     assert error < type_.max_error
     # A bound that nothing could break would be no bound.
     assert name == "f32" or error > type_.max_error / 10
+
+
+@pytest.mark.parametrize("name", ggml.NEED_IMPORTANCE)
+def test_a_type_that_cannot_do_without_importance_is_refused_without(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"blk.0: {name} is rounded by what its columns are worth"):
+        ggml.quantize(TYPES[GGUF, name], _normal(1, 256), tensor="blk.0")
+
+
+def test_all_of_ggmls_quantizers_have_a_row_in_the_table() -> None:
+    # Numbers in ggml.h that can be quantized to: all but q8_1 and q8_K (inner types), whole numbers, float64,
+    # what was removed from the format, and q2_0, which gguf-py cannot write yet.
+    quantizers = {*range(30), *range(30, 42)} - {4, 5, 9, 15, 24, 25, 26, 27, 28, 31, 32, 33, 36, 37, 38}
+    assert {ggml.TYPE_NUMBERS[name] for name in type_names(GGUF)} == quantizers
 
 
 def test_rows_do_not_depend_on_their_neighbours() -> None:

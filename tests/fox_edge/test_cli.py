@@ -136,8 +136,15 @@ def test_mistakes_about_rounding(
     short.write_text("fox")
     onnx = ("export", checkpoint, out, "--format", "onnx")
     gguf = ("export", checkpoint, out, "--format", "gguf")
-    line = mistake(capsys, *gguf, "--rounding", "search")
-    assert "--rounding is for --format onnx, not gguf" in line
+    line = mistake(capsys, *gguf, "--compat", "optimum")
+    assert "--compat is for --format onnx, not gguf" in line
+    line = mistake(capsys, *gguf, "--quant", "iq2_xxs", "--rounding", "nearest")
+    assert "iq2_xxs is rounded by what its columns are worth" in line
+    line = mistake(capsys, *gguf, "--imatrix", short, "--calibrate", empty)
+    assert "empty.txt: calibration text, but" in line and "short.txt says already" in line
+    line = mistake(capsys, *gguf, "--imatrix", short, "--rounding", "compensated")
+    assert "an importance matrix is for search rounding, not for compensated" in line
+    assert "short.txt" in mistake(capsys, *gguf, "--imatrix", short)
     assert "empty.txt: 0 tokens of calibration text" in mistake(capsys, *onnx, "--calibrate", empty)
     assert "but a window takes" in mistake(capsys, *onnx, "--calibrate", short)
     assert "none.txt: not readable" in mistake(capsys, *onnx, "--calibrate", tmp_path / "none.txt")

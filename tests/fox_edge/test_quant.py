@@ -77,14 +77,14 @@ def test_ggufs_int4_keeps_the_tied_matrix_wider() -> None:
     assert onnx[EMBEDDING].type.name == onnx[Q].type.name == "q4a128"
 
 
-def test_only_narrow_types_are_worth_more_than_the_nearest() -> None:
+def test_only_narrow_types_are_worth_more_than_the_nearest_unless_asked() -> None:
     shapes = FOX.tensor_shapes()
     for quant, want in (("int4", "compensated"), ("q2s32", "compensated"), ("int8", "nearest")):
         recipe = find_recipe(ONNX, quant)
         assert recipe.rounding_of(recipe.resolve(shapes)) == want
-        assert recipe.rounding_of(recipe.resolve(shapes), "search") == (
-            "nearest" if quant == "int8" else "search"
-        )
+        assert recipe.rounding_of(recipe.resolve(shapes), "search") == "search"
+    floats = find_recipe(GGUF, "bf16")
+    assert floats.rounding_of(floats.resolve(shapes), "compensated") == "nearest"
     mixed = dataclasses.replace(find_recipe(ONNX, "int8"), rules=((Q, "q4a32"),), rounding="search")
     assert mixed.rounding_of(mixed.resolve(shapes)) == "search"
     assert mixed.rounding_of(mixed.resolve(shapes), "nearest") == "nearest"
@@ -123,6 +123,14 @@ def test_every_type_gives_every_tensor_something_that_holds_it(format: str) -> N
             shapes = config.tensor_shapes()
             given = find_recipe(format, name).resolve(shapes)
             assert all(a.type.holds(shapes[n][-1]) for n, a in given.items())
+
+
+def test_the_first_and_the_last_layer_have_names() -> None:
+    rules = (("*.layers.first.*", "q8_0"), ("*.layers.last.mlp.*", "q6_k"), ("*.layers.30.*", "q5_k"))
+    given = Recipe("r", GGUF, "q4_k", rules, Limits(1, 0)).resolve(FOX.tensor_shapes())
+    types = {n: given[f"model.layers.{n}.mlp.down_proj.weight"].type.name for n in (0, 1, 30, 31)}
+    assert types == {0: "q8_0", 1: "q4_k", 30: "q5_k", 31: "q6_k"}
+    assert given["model.layers.31.self_attn.q_proj.weight"].type.name == "q4_k"
 
 
 def test_first_rule_wins() -> None:
@@ -261,5 +269,4 @@ def test_a_recipe_says_how_to_round(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="rounding is 'up', but must be nearest or search or compensated"):
         read_recipe(path, ONNX)
     path.write_text('default = "q4_k"\nrounding = "search"\n')
-    with pytest.raises(RecipeError, match=r"'search', but .* for ONNX, and is always nearest for gguf"):
-        read_recipe(path, GGUF)
+    assert read_recipe(path, GGUF).rounding == "search"

@@ -1,0 +1,443 @@
+"""The order in which a checkpoint's weights are read, rounded and written, whatever the format.
+
+Three ways of rounding, from quick to good. `nearest` looks at the weights only. `search` knows which columns
+of each matrix matter, and spends each block's grid on them. `compensated` runs calibration text through the
+model twice, as it is and as it is being rounded, layer by layer, so that each matrix makes good what came
+before it. Knows the checkpoint and the order of the work; not the arithmetic (compensate.py), nor how a
+format stores weights: that is its `Target`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from export.calibration import MEAN_SQUARE_TOKENS, Calibration, read_calibration
+from export.common import Progress, one_torch_thread
+from export.compensate import Compensation, gram, importance
+from fox_edge.checkpoint import Checkpoint
+from fox_edge.errors import RecipeError
+from fox_edge.progress import say
+from fox_edge.quant import COMPENSATED, EMBEDDING, HEAD, NEAREST, SEARCH, Assignment, Recipe
+from fox_edge.resume import Journal
+from fox_edge.walk import Visit, native_product, original, walk
+
+if TYPE_CHECKING:
+    from export.imatrix import Importance
+
+# With compensation a task goes column by column, each a handful of calls: more rows make them worth it.
+COMPENSATED_ROWS = 2048
+# Tasks after which the memory of what was read is given back: a large matrix is never in memory as a whole.
+_RELEASE_TASKS = 64
+# Matrices whose tasks wait side by side, so that the end of one does not idle the threads.
+_MATRICES = 4
+# A tied matrix is rounded for the head's input; but its rows are inputs too, where all columns count alike.
+TIED_DAMPING = 0.1
+# How many times longer a matrix takes to be rounded with compensation than its walk, per column. Measured.
+_ROUNDING_COST = 4.0
+# A rounding of one matrix: None, the importance of its columns (C,), or all that compensation needs.
+Guide: TypeAlias = Tensor | Compensation | None
+
+
+class Target(Protocol):
+    """A format's file, which takes rows in any order and from several threads."""
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a tensor is stored as integers, so that a guide changes anything."""
+        ...
+
+    def task_rows(self, name: str, guide: Guide) -> int:
+        """How many rows of a matrix make a task."""
+        ...
+
+    def column_scales(self, name: str) -> Tensor | None:
+        """What the columns of a matrix are divided by before it is rounded (C,); None: nothing."""
+        ...
+
+    def put(self, name: str, start: int, rows: Tensor, guide: Guide, keep: Tensor | None) -> Tensor | None:
+        """Round float32 rows (n, C), the tensor's from `start`, and write them.
+
+        A vector is one row. Returns the rows numbered `keep`, counted from `start`, as they can be read back;
+        nothing, not even an empty tensor, when none are wanted: thousands of small results between large
+        temporaries would scatter the heap until it has the size of the matrix.
+        """
+        ...
+
+
+class Rounding:
+    """One export's tensors on their way into a target.
+
+    `progress(done, total)` counts the work in the bytes of the checkpoint, or with compensation in the time
+    that its parts take relative to each other.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, target: Target, threads: int, progress: Progress | None = None
+    ) -> None:
+        self.checkpoint, self.target, self.progress = checkpoint, target, progress
+        self.pool = ThreadPoolExecutor(threads)
+        self.shapes = checkpoint.shapes()
+        self.head = EMBEDDING if checkpoint.config.tied else HEAD
+        self.done = self.total = 0
+
+    def __enter__(self) -> Rounding:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def nearest(self, mean_squares: Mapping[str, Tensor] | None = None) -> None:
+        """All tensors in the checkpoint's order; those with mean squares (C,) weigh their columns' errors."""
+        squares = dict(mean_squares or {})
+        if squares:
+            squares.setdefault(EMBEDDING, torch.ones(self.shapes[EMBEDDING][1]))
+        self.total += sum(self._bytes(name) for name in self.shapes)
+        waiting: deque[tuple[str, list[Future[Tensor | None]]]] = deque()
+        with one_torch_thread():
+            for name in self.shapes:
+                guide = importance(squares[name]) if self._is_guided(name) and name in squares else None
+                waiting.append((name, self._start(name, guide)))
+                if len(waiting) == _MATRICES:
+                    self._finish(*waiting.popleft())
+            while waiting:
+                self._finish(*waiting.popleft())
+
+    def mean_squares(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Per matrix, mean squares of its columns' inputs (C,) in the model as it is.
+
+        Of a tied matrix, what it reads as the head; of an untied embedding nothing: rows are looked up.
+        """
+        self.total += sum(self._bytes(name) for name in self._layer_names())
+        squares: dict[str, Tensor] = {}
+
+        def visit(name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            squares[name] = inputs[0].square().mean(0)
+            weights = original(self.checkpoint, name)
+            self._tell(self._bytes(name))
+            return [weights]
+
+        hidden = self._walk(calibration, visit)
+        squares[self.head] = self._as_head_reads(hidden).square().mean(0)
+        return squares
+
+    def compensated(self, calibration: Calibration, journal: Journal | None = None) -> None:
+        """The tied matrix first, then layer after layer behind what is already rounded.
+
+        With a journal, the work goes on behind the last layer that it has.
+        """
+        layer, streams = journal.last() if journal is not None else (0, None)
+        names = [n for n in self._layer_names() if int(n.split(".")[2]) >= layer]
+        self.total = sum(self._cost(name) for name in names)
+        if streams is None:
+            streams = self._embedded(calibration)
+            if journal is not None:
+                journal.write(0, streams)
+        for name, shape in self.shapes.items():
+            if len(shape) == 1:
+                self.target.put(name, 0, self.checkpoint.float_rows(name), None, None)
+        behind = _Behind(self)
+        after = journal.write if journal is not None else None
+        hidden = walk(
+            self.checkpoint,
+            streams,
+            behind.visit,
+            product=native_product,
+            first_layer=layer,
+            after_layer=after,
+        )
+        if not self.checkpoint.config.tied:
+            behind.visit(HEAD, [self._as_head_reads(stream) for stream in hidden])
+
+    def round(self, name: str, guide: Guide, wanted: Tensor) -> Tensor:
+        """Write one matrix and return its rows `wanted` (sorted) as they have been rounded."""
+        with one_torch_thread():
+            return torch.cat(self._finish(name, self._start(name, guide, wanted), tell=False))
+
+    def _embedded(self, calibration: Calibration) -> Tensor:
+        """Round the embedding; the calibration text as it enters the first layer, exact and rounded."""
+        guide: Guide = None
+        self.total += self._cost(EMBEDDING)
+        if self._is_guided(EMBEDDING):
+            guide = torch.ones(self.shapes[EMBEDDING][1])
+            if self.checkpoint.config.tied:
+                guide = self._head_guide(calibration)
+        ids, places = torch.unique(calibration.windows, return_inverse=True)
+        rounded = self.round(EMBEDDING, guide, ids)
+        self._tell(self._cost(EMBEDDING))
+        exact = self.checkpoint.tensor(EMBEDDING)[ids].float()
+        self.checkpoint.release(EMBEDDING)
+        return torch.stack([exact[places], rounded[places]])
+
+    def _head_guide(self, calibration: Calibration) -> Compensation:
+        """For a tied matrix: what the head reads when nothing is rounded yet."""
+        names = self._layer_names()
+        self.total += sum(self._walk_cost(name) for name in names)
+
+        def visit(name: str, _: Sequence[Tensor]) -> Sequence[Tensor]:
+            weights = original(self.checkpoint, name)
+            self._tell(self._walk_cost(name))
+            return [weights]
+
+        hidden = self._walk(calibration, visit)
+        return Compensation.of(gram(self._as_head_reads(hidden)), TIED_DAMPING)
+
+    def _walk(self, calibration: Calibration, visit: Visit) -> Tensor:
+        """What the head reads (tokens, C), by a walk that begins at the checkpoint's own embedding."""
+        ids, places = torch.unique(calibration.windows, return_inverse=True)
+        embedded = self.checkpoint.tensor(EMBEDDING)[ids].float()[places]
+        self.checkpoint.release(EMBEDDING)
+        return walk(self.checkpoint, embedded[None], visit, product=native_product)[0]
+
+    def _as_head_reads(self, hidden: Tensor) -> Tensor:
+        scales = self.target.column_scales(self.head)
+        return hidden if scales is None else hidden * scales
+
+    def _is_guided(self, name: str) -> bool:
+        return len(self.shapes[name]) == 2 and self.target.is_rounded(name)
+
+    def _layer_names(self) -> list[str]:
+        """The matrices of all layers."""
+        return [
+            name
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and name not in (EMBEDDING, self.head)
+        ]
+
+    def _bytes(self, name: str) -> int:
+        """Of a tensor in the checkpoint."""
+        shape = self.shapes[name]
+        return shape[0] * shape[-1] ** (len(shape) - 1) * self.checkpoint.dtype(name).itemsize
+
+    def _walk_cost(self, name: str) -> int:
+        """Of taking one stream through a matrix."""
+        rows, columns = self.shapes[name]
+        return rows * columns
+
+    def _cost(self, name: str) -> int:
+        """Of rounding a matrix with compensation and taking two streams through it."""
+        rows, columns = self.shapes[name]
+        own = int(_ROUNDING_COST * rows * columns * (1 + columns / 2048))
+        return own if name == EMBEDDING else own + 2 * rows * columns
+
+    def _start(self, name: str, guide: Guide, wanted: Tensor | None = None) -> list[Future[Tensor | None]]:
+        """Queue a tensor's rows; each task returns those of its rounded rows that are wanted."""
+        shape = self.shapes[name]
+        rows = shape[0] if len(shape) == 2 else 1
+        step = self.target.task_rows(name, guide)
+        return [
+            self.pool.submit(self._task, name, start, min(start + step, rows), guide, wanted)
+            for start in range(0, rows, step)
+        ]
+
+    def _task(self, name: str, start: int, stop: int, guide: Guide, wanted: Tensor | None) -> Tensor | None:
+        with torch.inference_mode():
+            rows = self.checkpoint.float_rows(name, start, stop)
+            keep = None
+            if wanted is not None:
+                keep = wanted[(wanted >= start) & (wanted < stop)] - start
+                keep = keep if len(keep) else None
+            return self.target.put(name, start, rows, guide, keep)
+
+    def _finish(self, name: str, tasks: list[Future[Tensor | None]], tell: bool = True) -> list[Tensor]:
+        """Wait for a tensor; the results in the order of its rows."""
+        found, told, size = [], 0, self._bytes(name)
+        for n, task in enumerate(tasks):
+            rows = task.result()
+            if rows is not None:
+                found.append(rows)
+            if n % _RELEASE_TASKS == _RELEASE_TASKS - 1:
+                self.checkpoint.release(name)
+            if tell:
+                share = size * (n + 1) // len(tasks)
+                self._tell(share - told)
+                told = share
+        self.checkpoint.release(name)
+        return found
+
+    def _tell(self, work: int) -> None:
+        self.done += work
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+class _Behind:
+    """Rounds the matrices that a walk comes to, each for the inputs that it finds there."""
+
+    def __init__(self, work: Rounding) -> None:
+        self.work = work
+        self.input: Tensor | None = None
+        self.guide: Guide = None
+
+    def visit(self, name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Write a matrix; returns what it was and what it has become."""
+        work, (exact, rounded) = self.work, inputs
+        guide: Guide = None
+        if work._is_guided(name):
+            # Holding on to the input, so that no other can come to lie at its address.
+            if self.input is None or self.input.data_ptr() != rounded.data_ptr():
+                self.input, self.guide = rounded, None  # the old one's memory goes first
+                self.guide = Compensation.behind(exact, rounded)
+            guide = self.guide
+        after = work.round(name, guide, torch.arange(work.shapes[name][0]))
+        if name != HEAD:
+            work._tell(work._cost(name))
+        return [original(work.checkpoint, name), after]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How an export is rounded, and what it is told of the inputs."""
+
+    rounding: str
+    calibration: Calibration | None = None
+    # Per matrix (C,), when they were measured before.
+    mean_squares: Mapping[str, Tensor] | None = None
+    imatrix: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        told = {"rounding": self.rounding, "calibration": self.calibration and self.calibration.to_json()}
+        return told if self.imatrix is None else told | {"imatrix": self.imatrix}
+
+
+def guidance(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    assignments: Mapping[str, Assignment],
+    *,
+    rounding: str | None,
+    calibrate: Path | None,
+    imatrix: Path | None = None,
+) -> Guidance:
+    """What an export of these types will be rounded by.
+
+    `rounding` is one of quant.ROUNDINGS or None, `calibrate` a text file, `imatrix` an importance matrix of
+    this model. Raises RecipeError for what does not go together, FoxEdgeError for files that will not do.
+    """
+    if imatrix is not None:
+        return _measured(checkpoint, recipe, rounding, calibrate, imatrix)
+    chosen = recipe.rounding_of(assignments, rounding)
+    if chosen != NEAREST:
+        text = read_calibration(checkpoint.tokenizer(), checkpoint.config.max_positions, calibrate)
+        return Guidance(chosen, text.first(MEAN_SQUARE_TOKENS) if chosen == SEARCH else text)
+    if calibrate is not None:
+        raise RecipeError(f"{calibrate}: calibration text, but nothing of this export is rounded by it")
+    return Guidance(NEAREST)
+
+
+def _measured(
+    checkpoint: Checkpoint, recipe: Recipe, rounding: str | None, calibrate: Path | None, imatrix: Path
+) -> Guidance:
+    from export.imatrix import read_imatrix
+
+    if (rounding or recipe.rounding or SEARCH) != SEARCH:
+        raise RecipeError(f"{imatrix}: an importance matrix is for {SEARCH} rounding, not for {rounding}")
+    if calibrate is not None:
+        raise RecipeError(f"{calibrate}: calibration text, but {imatrix} says already what text shows")
+    found = read_imatrix(imatrix, checkpoint.config)
+    squares = {name: torch.from_numpy(found.mean_squares(name)) for name in found.sums}
+    return Guidance(SEARCH, None, squares, imatrix.name)
+
+
+def importance_of(checkpoint: Checkpoint, calibration: Calibration, progress: Progress | None) -> Importance:
+    """Sums of squares of what every matrix of a checkpoint reads on a text, the tied head's included."""
+    from export.imatrix import Importance
+
+    with Rounding(checkpoint, _Nothing(), 1, progress) as work:
+        squares = work.mean_squares(calibration)
+    return Importance(
+        sums={name: (found * calibration.tokens).numpy() for name, found in squares.items()},
+        counts=dict.fromkeys(squares, calibration.tokens),
+        chunk_size=calibration.windows.shape[1],
+        chunk_count=len(calibration.windows),
+        datasets=(calibration.source,),
+        ids_sha256=calibration.sha256,
+        checkpoint_sha256=checkpoint.digest(),
+    )
+
+
+def write_weights(
+    place: Path,
+    artifact: Path,
+    checkpoint: Checkpoint,
+    guidance: Guidance,
+    identity: Mapping[str, Any],
+    *,
+    prepare: Callable[[Path], None],
+    target: Callable[[int], Target],
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Fill the file `place` with an export's weights.
+
+    `prepare(path)` creates it with everything else in it, `target(handle)` takes the rows. Compensated work
+    that was cut off goes on where it was when it is asked for again for the same `artifact`; `identity` is
+    what else it depends on, as JSON values.
+    """
+    if guidance.rounding != COMPENSATED:
+        prepare(place)
+        with _opened(place) as handle, Rounding(checkpoint, target(handle), threads, progress) as work:
+            squares = guidance.mean_squares
+            if squares is None and guidance.calibration is not None:
+                squares = work.mean_squares(guidance.calibration)
+            work.nearest(squares)
+        return
+    assert guidance.calibration is not None
+    whole = {**identity, **guidance.to_json(), "place": place.name, "checkpoint": _fingerprint(checkpoint)}
+    with Journal(artifact, whole) as journal:
+        layer, streams = journal.last()
+        if streams is None:
+            prepare(journal.file)
+        else:
+            say(f"going on behind layer {layer} of {checkpoint.config.num_layers}, where it was cut off")
+        del streams
+        with (
+            _opened(journal.file) as handle,
+            Rounding(checkpoint, target(handle), threads, progress) as work,
+        ):
+            work.compensated(guidance.calibration, journal)
+        journal.done(place)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """What changes when a checkpoint does; hashing it would take as long as reading it."""
+    files = sorted(path for path in checkpoint.path.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+class _Nothing:
+    """The target of work that only looks."""
+
+    def is_rounded(self, name: str) -> bool:
+        """Nothing is."""
+        return False
+
+    def task_rows(self, name: str, guide: Guide) -> int:
+        """Any number."""
+        return COMPENSATED_ROWS
+
+    def column_scales(self, name: str) -> Tensor | None:
+        """None."""
+        return None
+
+    def put(self, name: str, start: int, rows: Tensor, guide: Guide, keep: Tensor | None) -> Tensor | None:
+        """Never called."""
+        raise NotImplementedError
