@@ -54,7 +54,7 @@ function drawCard() {
   const facts = model.fox_edge;
   $("title").textContent = model.id;
   document.title = `${model.id} · fox-edge`;
-  $("quant").textContent = `${facts.quant}, ${facts.format.toUpperCase()} on ${facts.runtime}`;
+  $("quant").textContent = `${facts.quant} ${facts.format === "checkpoint" ? "" : facts.format.toUpperCase()}`;
   $("size").textContent = facts.bytes ? megabytes(facts.bytes) : "not known";
   $("fidelity").textContent =
     facts.mean_kl_nats == null ? "not verified" : `KL ${facts.mean_kl_nats.toPrecision(2)} nats`;
@@ -66,7 +66,7 @@ function drawCard() {
 }
 
 function greet() {
-  $("hint").textContent = "Runs on the machine that serves this page. Ask something, or try:";
+  $("hint").textContent = `Runs in ${model.fox_edge.runtime} on the machine that serves this page. Ask something, or try:`;
   $("examples").hidden = false;
   $("examples").replaceChildren(
     ...EXAMPLES.map((text) => {

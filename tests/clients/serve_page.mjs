@@ -103,7 +103,7 @@ try {
   await page.waitForFunction(() => [...document.querySelectorAll(".copy")].at(-1).textContent === "Copied");
   seen.copied = await page.evaluate(() => navigator.clipboard.readText());
   await tabTo(page, "question");
-  await typeAndEnter(page, "And how many if she gives away 5?");
+  await typeAndEnter(page, "Ben has 5 boxes with 6 pencils in each box. How many pencils does Ben have?");
   seen.second = await answered(page);
   if (screenshot && screenshot !== "-") {
     await page.evaluate(() => document.activeElement.blur());

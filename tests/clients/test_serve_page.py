@@ -50,7 +50,7 @@ def test_a_chat(artifact: Artifact, size: str) -> None:
         ended = served.service.engine.metrics.answers
     assert (seen["opened"], seen["focusedFirst"]) == ("ready", "question")
     assert seen["title"].startswith("nano-int8") and seen["examples"] == 2
-    assert seen["facts"]["quant"] == "int8, GGUF on llama.cpp"
+    assert seen["facts"]["quant"] == "int8 GGUF"
     assert seen["facts"]["size"] == f"{artifact.total_bytes() / 1e6:.1f} MB"
     assert seen["facts"]["context"] == "1,024 tokens" and seen["facts"]["memory"].endswith(" MB")
     assert seen["facts"]["fidelity"] == "not verified"
