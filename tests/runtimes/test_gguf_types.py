@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 
 from export.ggml import TYPE_NUMBERS, library
 from export.gguf import export_gguf
-from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import GGUF, TYPES, find_recipe, type_names
 from runtimes.base import SessionOptions
 from runtimes.gguf_file import GgufFile, dequantize
 from runtimes.llama_cpp import LlamaCppSession
+from tests.helpers import TINY_256, make_checkpoint
 
 # Reading these is no arithmetic of ggml's.
 QUANTIZED = [name for name in type_names(GGUF) if name not in ("f32", "f16", "bf16")]
@@ -57,26 +58,30 @@ def test_any_block_is_read_as_ggml_reads_it(name: str) -> None:
     assert np.isfinite(c).any()
 
 
-@pytest.fixture(scope="module", params=type_names(GGUF))
-def artifact(
-    request: pytest.FixtureRequest, tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Artifact:
-    folder: Path = tmp_path_factory.mktemp(request.param) / "out"
-    return export_gguf(tiny_256, folder, find_recipe(GGUF, request.param))
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """One layer: the one-bit types take seconds per million weights."""
+    config = dataclasses.replace(TINY_256, num_layers=1, intermediate_size=256)
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("types") / "checkpoint", config))
 
 
-def test_llama_cpp_computes_with_what_verification_reads(artifact: Artifact, tiny_256: Checkpoint) -> None:
+@pytest.mark.parametrize("name", type_names(GGUF))
+def test_llama_cpp_computes_with_what_verification_reads(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """Logits of the session are the reference model's with the file's own dequantized weights in it.
 
     llama.cpp rounds activations too (to 8 bits and a scale), which leaves a few percent; a misread type would
     leave nothing.
     """
-    model = tiny_256.load_model()
+    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, name))
+    assert name in {record.type for record in artifact.manifest.tensors}
+    model = checkpoint.load_model()
     file = GgufFile(artifact)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for tensor, weight in model.named_parameters():
             rows = weight.shape[0] if weight.dim() == 2 else 1
-            weight.copy_(torch.from_numpy(file.rows(name, 0, rows)).view_as(weight))
+            weight.copy_(torch.from_numpy(file.rows(tensor, 0, rows)).view_as(weight))
     file.close()
     tokens = np.random.default_rng(0).integers(8, 512, size=60).tolist()
     with torch.inference_mode():
