@@ -169,11 +169,3 @@ class GgufFile:
         if self._data is not None:
             data, self._data = self._data, None
             data.close()
-
-
-def _signs(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Rows of q1_0 blocks, which gguf-py does not read: 128 signs behind one float16 each."""
-    each = blocks.reshape(len(blocks), -1, 18)
-    bits = np.unpackbits(each[..., 2:], axis=-1, bitorder="little")
-    size = np.ascontiguousarray(each[..., :2]).view("<f2").astype(np.float32)
-    return np.where(bits == 1, size, -size).reshape(len(blocks), -1)
