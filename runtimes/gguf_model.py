@@ -40,6 +40,8 @@ from fox_edge.quant import GGUF, TYPES
 
 # llama.cpp's own limit, beyond which it aborts.
 MAX_LAYERS = 512
+# Its enum's highest value: "guessed".
+MAX_FILE_TYPE = 1024
 
 # FoxConfig's field -> its key among the metadata.
 _SHAPE_KEYS = {
@@ -120,6 +122,8 @@ def _check_keys(path: Path, header: Header) -> None:
                 f"{path}: the value of {key} has type {TYPE_WORDS.get(kind, kind)}, "
                 f"but {TYPE_WORDS[due]} is due"
             )
+    if header.metadata.get("general.file_type", 0) > MAX_FILE_TYPE:
+        raise ArtifactError(f"{path}: general.file_type is {header.metadata['general.file_type']}")
 
 
 def _config(path: Path, header: Header) -> FoxConfig:

@@ -164,6 +164,7 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     "twins": (entry("tokens", 400, "<eos>"), "tokens 1 and 400 have the same text"),
     "twins as C strings": (entry("tokens", 400, "<eos>\0"), "tokens 1 and 400 have the same text"),
     "a byte that is none": (entry("token_type", 400, 6), "token 400 stands for a byte, but reads b'"),
+    "no file type": (put("general.file_type", 1025), "general.file_type is 1025"),
     "bos outside": (
         put("tokenizer.ggml.bos_token_id", 512),
         "the bos token is 512, but the vocabulary has 512",
