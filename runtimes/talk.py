@@ -68,7 +68,8 @@ def talk(
     start = time.monotonic()
     with contextlib.closing(model.open(options)) as session:
         load_s = time.monotonic() - start
-        chat = Chat(session, tokenizer, wishes.system, sampling, wishes.max_tokens, wishes.stops)
+        chat = Chat(session, tokenizer, None, sampling, wishes.max_tokens, wishes.stops)
+        chat.instruct(wishes.system)
         chat.progress = Reading()
         if interactive:
             say(_headline(model, session, sampling))
@@ -105,7 +106,10 @@ def read_piped() -> str:
 
 def _explain_waiting(file: int) -> None:
     """A pipe that stays open and silent would be waited for without a word."""
-    if not stat.S_ISREG(os.fstat(file).st_mode) and not select.select([file], [], [], _PATIENCE_S)[0]:
+    ready = True
+    with contextlib.suppress(OSError):  # where only sockets can be waited for
+        ready = stat.S_ISREG(os.fstat(file).st_mode) or bool(select.select([file], [], [], _PATIENCE_S)[0])
+    if not ready:
         say("(waiting for the end of stdin, which belongs to the question; < /dev/null does without)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from fox_edge.errors import FoxEdgeError
 from fox_edge.tokenizer import Tokenizer
 from runtimes.chat import Chat
+from runtimes.commands import Commands
 from runtimes.conversation import load
+from runtimes.generate import Sampling
 from runtimes.terminal import Terminal
 from tests.runtimes.chatting import Parrot, Recorder, tokenizer_with
 
@@ -181,3 +184,11 @@ def test_a_conversation_that_the_template_cannot_tell_changes_nothing(fox: Token
     assert "no system role" in transcript(chat, f"/load {file}")[1]
     assert "no system role" in transcript(chat, "/system be brief")[1]
     assert chat.messages == before and before[0]["role"] == "user"
+
+
+def test_the_page_about_chat_knows_every_command_and_setting(fox: Tokenizer) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    commands = [line.split()[0] for line in Commands(chat_that_says(fox), "").help().splitlines()]
+    assert len(commands) > 10
+    for name in [*(c for c in commands if c.startswith("/")), *(f.name for f in fields(Sampling))]:
+        assert f"`{name}`" in page or f"`{name} " in page, name
