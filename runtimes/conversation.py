@@ -42,8 +42,10 @@ def save(conversation: Conversation, path: Path) -> Path:
     if path.exists():
         try:
             _check_format(_read_json(path), path)
-        except ConversationError as error:
-            raise ConversationError(f"not overwritten: {error}") from None
+        except ConversationError:
+            raise ConversationError(
+                f"{path} exists and is no conversation of version {VERSION}; it is not overwritten"
+            ) from None
     text = json.dumps(_to_json(conversation), ensure_ascii=False, indent=1) + "\n"
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)

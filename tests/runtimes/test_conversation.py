@@ -58,13 +58,15 @@ def test_nothing_but_a_conversation_is_overwritten(tmp_path: Path) -> None:
     for name, data in (("a.txt", b"dear diary"), ("b.json", b'{"a": 1}'), ("c", b""), ("d", b"\xff\xfe")):
         path = tmp_path / name
         path.write_bytes(data)
-        with pytest.raises(ConversationError, match="not overwritten"):
+        with pytest.raises(
+            ConversationError, match="exists and is no conversation of version 1; it is not overwritten"
+        ):
             save(WHOLE, path)
         assert path.read_bytes() == data
-    with pytest.raises(ConversationError, match=r"not overwritten: .* is not a file"):
+    with pytest.raises(ConversationError, match="not overwritten"):
         save(WHOLE, tmp_path)
     newer = file_with(tmp_path / "newer.json", version=2)
-    with pytest.raises(ConversationError, match=r"not overwritten: .*version is 2"):
+    with pytest.raises(ConversationError, match="not overwritten"):
         save(WHOLE, newer)
 
 
