@@ -219,6 +219,7 @@ class LlamaCppSession:
         # A second sequence in the same cells, by which `copy_prefix` picks the tokens that it copies.
         params.n_seq_max, params.kv_unified = 2, True
         choose_for_context(params, options)
+        assert self._weights is not None
         context = lib.llama_init_from_model(self._weights.model, params)
         if not context:
             raise FoxEdgeError(
