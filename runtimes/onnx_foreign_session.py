@@ -62,8 +62,8 @@ class ForeignSession:
         """What it takes to open this; raises FoxEdgeError for choices that do not go."""
         graph = foreign.interface
         check_choices(options, "another tool's graph", (np.dtype(graph.kv_type).name,))
-        # Keys and values that are made anew lie beside the old ones for a moment.
-        per_position = graph.kv_bytes_per_position * (1 if graph.shared else 2)
+        # Keys and values that are made anew lie beside the old ones for a moment, of one conversation.
+        per_position = graph.kv_bytes_per_position * (options.conversations + (not graph.shared))
         buffers = _row_bytes(graph) * (_chunk(graph) if _all_rows(graph) else 1)
         return MemoryNeed(foreign.weight_bytes, buffers, per_position)
 

@@ -58,7 +58,8 @@ class TorchSession:
                 f"a context of {options.context} positions was asked for, but 1 to {most} exist"
             )
         self.context = most if options.context is None else options.context
-        if device == "cpu":
+        # Conversations that share weights were reckoned with when the first was opened.
+        if device == "cpu" and model is None:
             need = self.need(source, options, dtype)
             self.context = fitting_context(need, options.context, most, "the checkpoint in PyTorch")
         self.vocab_size = config.vocab_size
@@ -74,7 +75,7 @@ class TorchSession:
         return MemoryNeed(
             weights=dtype.itemsize * source.config.num_parameters(),
             buffers=_buffers(source.config),
-            per_position=kv_bytes_per_position(source.config, TORCH, _name(dtype)),
+            per_position=options.conversations * kv_bytes_per_position(source.config, TORCH, _name(dtype)),
         )
 
     @property
