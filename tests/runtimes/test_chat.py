@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ContextOverflowError, FoxEdgeError, TokenizerError
 from fox_edge.quant import GGUF, ONNX, find_recipe
 from fox_edge.tokenizer import Tokenizer
-from runtimes.base import Session, SessionOptions, open_session
+from runtimes.base import Logits, Session, SessionOptions, open_session
 from runtimes.chat import Chat
 from runtimes.generate import Sampling, generate
 from runtimes.torch import TorchSession
@@ -284,6 +284,43 @@ def test_a_long_prompt_tells_how_far_it_is_and_may_be_interrupted(fox: Tokenizer
     # What was run before the interrupt was not in vain.
     assert chat.reply is not None and chat.reply.reused_tokens == 512
     assert session.ran == session.length
+
+
+class Interrupted(Recorder):
+    """Is interrupted at its n-th call, before or after the work is done."""
+
+    def __init__(self, session: Session, call: int, after: bool) -> None:
+        super().__init__(session)
+        self.left, self.after = call, after
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        logits = super().prefill(tokens)
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return logits
+
+    def step(self, token: int) -> Logits:
+        return self.prefill([token])
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(
+    runtime: Session, fox: Tokenizer, call: int, after: bool
+) -> None:
+    session = Interrupted(runtime, call, after)
+    chat = Chat(session, fox, max_tokens=9)
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, QUESTIONS[0])
+    assert len(chat.turns) == (call > 1) and chat.cut == (call > 1)
+    say(chat, QUESTIONS[1])
+    prompt, said = session.tokens[: len(session.tokens) - 8], chat.turns[-1].tokens
+    assert fox.decode(prompt) == fox.decode(fox.encode_chat(chat.messages[:-1]))
+    runtime.reset()
+    assert tuple(generate(runtime, prompt, stop_ids=fox.stop_ids, max_tokens=9)) == said
 
 
 # --- a full context ------------------------------------------------------------------------------------
