@@ -25,6 +25,7 @@ from runtimes.base import (
     runtime_name,
 )
 from runtimes.kv_types import KV_TYPES, TORCH, kv_bytes_per_position
+from runtimes.lookup import speculating
 
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
@@ -82,8 +83,7 @@ class Subject:
 
     def open_session(self, options: SessionOptions) -> Session:
         """Open it in its runtime; a checkpoint opens in bfloat16 on the CPU."""
-        session: Session = load(self.session_class)(self.source, options)
-        return session
+        return speculating(load(self.session_class)(self.source, options), options)
 
 
 def open_subject(spec: str | Path, kv: str | None = None) -> Subject:

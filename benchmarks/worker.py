@@ -23,6 +23,7 @@ TASKS = {
     "answer": "benchmarks.answer:run_job",
     "memory": "benchmarks.memory:run_job",
     "tune": "benchmarks.tune:run_job",
+    "speculation": "benchmarks.speculation:run_job",
 }
 
 

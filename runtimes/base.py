@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,8 @@ class SessionOptions:
     mmap: bool | None = None
     # ONNX only: 1 computes products in float32, 4 (what exports ask for) on activations rounded to int8.
     accuracy_level: int | None = None
+    # How many tokens are guessed from what came before (lookup.py): 'auto': as many as pay; None: none.
+    speculate: int | Literal["auto"] | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
     conversations: int = 1
     # Whether what is kept beside the artifact (packed weights, tuned choices) may be used and added to.
@@ -234,14 +236,14 @@ def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None =
     Raises MissingPackageError naming the extra, ArtifactError for a damaged model file.
     """
     options = options or SessionOptions()
-    if isinstance(model, Artifact):
-        entry = _entry(model.manifest.format)
-        options, remark = load("runtimes.tuning:with_tuning")(model, options)
-        if remark:
-            say(remark)
-    else:
-        entry = FOREIGN_ONNX
-    session: Session = load(entry[1])(model, options)
+    if not isinstance(model, Artifact):
+        foreign: Session = load(FOREIGN_ONNX[1])(model, options)
+        return foreign
+    entry = _entry(model.manifest.format)
+    options, remark = load("runtimes.tuning:with_tuning")(model, options)
+    if remark:
+        say(remark)
+    session: Session = load("runtimes.lookup:speculating")(load(entry[1])(model, options), options)
     return session
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from runtimes.base import Logits, Session
+from runtimes.lookup import LookupSession
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -286,6 +287,8 @@ def generate(
     `sampling.seed`. `history` is what the session's cache holds before `tokens`, for the repeat penalty
     alone. Raises ContextOverflowError at once, the cache untouched, when the prompt does not fit.
     """
+    if isinstance(session, LookupSession):
+        session.expect(sampling.temperature == 0 and sampling.repeat_penalty == 1 and constraint is None)
     return Generation(
         session,
         tokens,

@@ -243,4 +243,6 @@ def test_session_choices_reach_the_session(verb: list[str]) -> None:
     options = SessionOptions(**cli._session(cli._parser().parse_args([*verb, *words])))
     assert (options.repack, options.flash_attention, options.mmap) == (False, True, False)
     assert options.prompt_threads == 3
-    assert SessionOptions(**cli._session(cli._parser().parse_args(verb))) == SessionOptions()
+    # Only a chat guesses ahead unless it is told not to.
+    default = SessionOptions(speculate="auto" if verb[0] == "chat" else None)
+    assert SessionOptions(**cli._session(cli._parser().parse_args(verb))) == default
