@@ -25,13 +25,13 @@ from runtimes.base import SessionOptions, SharingSession, open_model
 from runtimes.chat_model import TORCH_PREFIX, ChatModel, find_chat_model
 from runtimes.server.engine import Engine
 from runtimes.server.metrics import rss_bytes
-from runtimes.server.service import Service
 
 try:
     import uvicorn
 
     from runtimes.server.app import make_app
     from runtimes.server.guard import Guard, loopback_names
+    from runtimes.server.service import Service
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] in ("fox_edge", "runtimes"):
         raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -318,3 +320,28 @@ def test_an_answer_that_takes_too_long_is_a_timeout(artifact: Artifact) -> None:
         assert (status, code) == (504, "timeout") and "time limit" in message
         # A stream that has not begun has a status too.
         assert error_of(served.chat(stream=True))[0] == 504
+
+
+def test_without_llguidance_a_schema_is_refused_and_all_else_works(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "runtimes.server.grammar", raising=False)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with running(str(artifact.path), slots=1) as served:
+        status, message, param, _ = error_of(served.chat(response_format={"type": "json_object"}))
+        assert (status, param) == (400, "response_format")
+        assert "llguidance is not installed" in message and "fox-edge[serve]" in message
+        assert served.chat(max_tokens=2)[0] == 200
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "pydantic"])
+def test_a_missing_package_is_one_sentence(package: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None\n"
+        "from fox_edge.cli import main; sys.exit(main(['serve', 'nowhere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fox-edge serve: {package} is not installed; add it with: pip install")
+    assert "fox-edge[serve]" in line
