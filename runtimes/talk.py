@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TextIO
 
 from fox_edge.chat_template import FOX_TEMPLATE
 from fox_edge.errors import FoxEdgeError
@@ -92,7 +92,7 @@ def read_piped() -> str:
     try:
         if sys.stdin is None or sys.stdin.isatty():
             return ""
-        _explain_waiting(sys.stdin.fileno())
+        _explain_waiting(sys.stdin)
         data = sys.stdin.buffer.read(_MAX_STDIN_BYTES + 1)
     except (OSError, ValueError, AttributeError):  # closed, or no file at all
         return ""
@@ -104,10 +104,13 @@ def read_piped() -> str:
         raise FoxEdgeError(f"stdin is not UTF-8 text (byte {error.start} is no part of any)") from None
 
 
-def _explain_waiting(file: int) -> None:
+def _explain_waiting(stdin: TextIO) -> None:
     """A pipe that stays open and silent would be waited for without a word."""
     ready = True
-    with contextlib.suppress(OSError):  # where only sockets can be waited for
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no file, or a system where only sockets can be waited for
+        file = stdin.fileno()
         ready = stat.S_ISREG(os.fstat(file).st_mode) or bool(select.select([file], [], [], _PATIENCE_S)[0])
     if not ready:
         say("(waiting for the end of stdin, which belongs to the question; < /dev/null does without)")

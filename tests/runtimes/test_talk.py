@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -309,26 +310,25 @@ def test_an_interrupted_script_says_so_by_its_status(gguf: Artifact) -> None:
         assert process.stderr.read().decode() == NEVER + "interrupted\n"
 
 
+class Stdin:
+    """Bytes that were piped in, or a terminal at which nobody types."""
+
+    def __init__(self, data: bytes, tty: bool = False) -> None:
+        self.buffer, self._tty = io.BytesIO(data), tty
+
+    def isatty(self) -> bool:
+        return self._tty
+
+    def fileno(self) -> int:
+        raise OSError
+
+
 def test_mistakes_of_scripts(
-    gguf: Artifact, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gguf: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: nothing is opened for them."""
-
-    class Piped:
-        def __init__(self, data: bytes) -> None:
-            import io
-
-            self.buffer = io.BytesIO(data)
-
-        def isatty(self) -> bool:
-            return False
-
-        def fileno(self) -> int:
-            return os.open(os.devnull, os.O_RDONLY)
-
-    def mistake(*arguments: str, stdin: bytes = b"") -> str:
-        monkeypatch.setattr(sys, "stdin", Piped(stdin))
-        assert cli.main(["chat", str(gguf.path), *arguments]) == 2
+    def mistake(*arguments: str, stdin: bytes = b"", tty: bool = False, folder: Path = gguf.path) -> str:
+        monkeypatch.setattr(sys, "stdin", Stdin(stdin, tty))
+        assert cli.main(["chat", str(folder), "--threads", "1", *arguments]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         return err.splitlines()[-1]
@@ -337,13 +337,16 @@ def test_mistakes_of_scripts(
     assert "there is no question" in mistake("", stdin=b" \n")
     assert "stdin is not UTF-8 text (byte 2 is" in mistake("--prompt", "x", stdin=b"ab\xff")
     assert "a question and --prompt are two questions" in mistake("x", "--prompt", "y")
+    assert "--json is for one question" in mistake("--json", tty=True)
     assert "temperature is -1.0" in mistake("x", "--temperature", "-1")
     assert "a stop string is empty" in mistake("x", "--stop", "")
     line = mistake("--context", "64", stdin=b"fox " * 100)
     assert re.search(r"the question alone takes \d+ tokens, .* but the context holds 64", line)
-    monkeypatch.setattr(sys, "stdin", None)
-    assert cli.main(["chat", "nano"]) == 2
-    assert "nano: no such artifact" in capsys.readouterr().err and not Path("nano").exists()
+    strict = altered(gguf, tmp_path / "strict")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + "{{ messages[-1]['content'] }}")
+    assert "no system role" in mistake("--system", "be brief", tty=True, folder=strict)
+    assert "nano: no such artifact" in mistake("x", folder=Path("nano"))
 
 
 def altered(gguf: Artifact, folder: Path, **files: dict[str, object]) -> Path:
