@@ -16,6 +16,7 @@ from fox_edge.errors import ArtifactError, CheckpointError, FoxEdgeError
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import FOREIGN_ONNX, Session, SessionOptions, load, open_model, open_session, runtime_name
 from runtimes.generate import GREEDY, Sampling
+from runtimes.lookup import speculating
 
 TORCH_PREFIX = "torch:"
 # generation_config.json's names for what we call otherwise, and all that is taken from there.
@@ -102,5 +103,5 @@ def _checkpoint(name: str) -> ChatModel:
         "torch",
         checkpoint.path,
         tuple(checkpoint.notes),
-        lambda options: load("runtimes.torch:TorchSession")(checkpoint, options),
+        lambda options: speculating(load("runtimes.torch:TorchSession")(checkpoint, options), options),
     )
