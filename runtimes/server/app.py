@@ -39,6 +39,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
+        if service.engine.failed:
+            return JSONResponse({"status": "failed"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -100,7 +102,9 @@ async def _complete(service: Service, request: Request, asked: ChatRequest | Com
         batches = answer.deltas()
         first = await anext(batches)
         if not asked.stream:
-            return JSONResponse(await _whole(shape, first, batches))
+            whole = await _whole(shape, first, batches)
+            watch.cancel()
+            return JSONResponse(whole)
         # What goes wrong before the first token still has a status of its own.
         opening = b"".join(event(chunk) for chunk in shape.opening()) + _events(shape, first)
     except BaseException:

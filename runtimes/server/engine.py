@@ -1,9 +1,9 @@
 """The engine: one thread that owns the model, and lets several answers grow side by side.
 
 Every round, each answer that has begun gets one token, and one prompt that has not been read yet gets a part
-run: so a long prompt holds nobody up for longer than that part takes. Each token is computed as it would be
-alone, hence an answer does not depend on who else is asking. (A runtime that decodes several conversations at
-once would take the place of `_round`, and of nothing else.)
+run, another one's in the next round: so a long prompt holds nobody up for longer than that part takes. Each
+token is computed as it would be alone, hence an answer does not depend on who else is asking. (A runtime that
+decodes several conversations at once would take the place of `_round`, and of nothing else.)
 
 Knows sessions, tokens and a clock. Does not know text, HTTP, or who reads an answer.
 """
@@ -102,7 +102,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: dict[Slot, Job] = {}  # in order of arrival
         self._wake = threading.Condition()
-        self._closing = False
+        self._rounds = 0
+        self._closing = self.failed = False
         self._grace_ends_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -152,16 +153,30 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            # A bug in here must leave nobody waiting for an answer that never comes.
+            say("".join(traceback.format_exception(error)))
+            with self._wake:
+                self._closing = self.failed = True
+            for slot, job in list(self._running.items()):
+                self._fail(job, FoxEdgeError("the engine failed"), slot)
+            while self._waiting:
+                self._fail(self._waiting.popleft(), FoxEdgeError("the engine failed"))
+        finally:
+            self._slots.close()
+
+    def _work(self) -> None:
         while True:
             with self._wake:
                 while not (self._waiting or self._running or self._closing):
                     self._wake.wait()
                 if self._closing and not self._running and not self._waiting:
-                    break
+                    return
             self._sweep()
             self._admit()
             self._round()
-        self._slots.close()
 
     def _sweep(self) -> None:
         """End what need not go on: nobody reads it, its time is up, or the server stops."""
@@ -198,21 +213,25 @@ class Engine:
             except Exception as error:
                 self._fail(job, error)
                 continue
+            slot.last_part = 0
             self._running[slot] = job
             self.metrics.prompt(slot.cache.prompt_tokens, slot.cache.reused_tokens)
 
     def _round(self) -> None:
-        """One token for every answer, and a part of one prompt: of the one that came first."""
-        prompt_run = False
+        """One token for every answer that has begun, and a part of one prompt: the one least recently run."""
+        reading = [slot for slot in self._running if not slot.generation or not slot.generation.tokens]
+        turn = min(reading, key=lambda slot: slot.last_part, default=None)
         for slot, job in list(self._running.items()):
+            if slot in reading and slot is not turn:
+                continue
             assert slot.generation is not None
             try:
-                if not slot.generation.tokens:
-                    if prompt_run:
-                        continue
-                    prompt_run = True
+                if slot is turn:
+                    self._rounds += 1
+                    slot.last_part = self._rounds
                     if slot.generation.feed(CHUNK):
                         continue
+                # After the last part of a prompt comes the first token.
                 self._step(slot, job)
             except Exception as error:
                 self._fail(job, error, slot)

@@ -26,6 +26,7 @@ class Slot:
         self.cache = PrefixCache(session, CHUNK)
         self.generation: Generation | None = None
         self.last_used = 0  # a count that grows, not a time
+        self.last_part = 0  # in which round a part of its prompt was run
         self.last_token_s = 0.0
 
 

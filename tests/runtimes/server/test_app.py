@@ -37,6 +37,7 @@ def error_of(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str, str | N
         (b"[" * 100_000, "the body is not JSON"),
         (b"\xff\xfe", "the body is not JSON"),
         (b"[]", "the body must be|but: "),
+        (b'{"model": "\\ud800", "messages": []}', "the body is not JSON"),
         (b'{"messages": []}', "model is missing"),
     ],
 )

@@ -78,15 +78,32 @@ def test_a_long_prompt_is_run_in_parts_between_the_tokens_of_others(engine: Engi
     assert between == [(1, "prefill"), (0, "step")] * 5 + [(1, "prefill")]
 
 
-def test_two_long_prompts_are_read_one_after_the_other(engine: Engine, family: Family) -> None:
-    for start in (1, 2):
-        ask(engine, [start] * 200, 2)
-    waiting = [job.reader for job in engine._waiting]
+def test_two_long_prompts_are_read_in_turn_and_a_short_one_waits_for_no_long_one(clock: Clock) -> None:
+    family = Family()
+    engine = Engine(FakeSession(family=family), 3, 3, clock=clock)
+    asked = [ask(engine, [n] * size, 2)[0] for n, size in ((1, 300), (2, 300), (3, 10))]
     engine.start()
-    for listener in waiting:
-        assert isinstance(listener, Listener) and listener.outcome.ending == "length"
+    assert [listener.outcome.ending for listener in asked] == ["length"] * 3
     prefills = [number for number, what, _ in family.calls if what == "prefill"]
-    assert prefills == sorted(prefills)
+    assert prefills == [0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 1]
+    engine.close()
+
+
+def test_a_bug_in_the_engine_leaves_nobody_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [ask(engine, [n])[0] for n in range(3)]
+
+    def bug() -> None:
+        if engine.busy:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "_round", bug)
+    engine.start()
+    assert [listener.outcome.ending for listener in asked] == ["error"] * 3
+    assert engine.failed and "ZeroDivisionError" in capsys.readouterr().err
+    with pytest.raises(ShuttingDown):
+        ask(engine, [1])
 
 
 def test_more_than_may_wait_are_refused_with_the_numbers(engine: Engine) -> None:
