@@ -16,8 +16,8 @@ from runtimes.torch import TorchSession
 
 # Answers to these say much of it again.
 QUESTIONS = (
-    "Ivy buys 4 crates of 12 apples. She gives 9 apples to Julia. How many does she have left?",
-    "Ivy buys 5 crates of 12 apples. She gives 9 apples to Julia. How many does she have left?",
+    "Tom has 15 eggs. He buys 7 more. How many eggs does he have?",
+    "Tom has 16 eggs. He buys 7 more. How many eggs does he have?",
 )
 
 
@@ -49,7 +49,7 @@ class Interrupted(TorchSession):
 
 def conversation(session: Interrupted, guessing: bool) -> list[str]:
     """Answers; one that is interrupted is gone on with."""
-    chat = Chat(LookupSession(session, adaptive=False) if guessing else session, tokenizer(), max_tokens=80)
+    chat = Chat(LookupSession(session, adaptive=False) if guessing else session, tokenizer(), max_tokens=60)
     for question in QUESTIONS:
         try:
             list(chat.ask(question))
@@ -72,5 +72,5 @@ def test_guesses_and_interrupts_change_nothing(
     expected = conversation(plain, guessing=False)
     assert conversation(guessed, guessing=True) == expected
     assert (guessed.calls < plain.calls) == (guard < 1)
-    for call in range(2, guessed.calls, 7):
+    for call in range(2, guessed.calls, 11):
         assert conversation(Interrupted(nano, call), guessing=True) == expected, call
