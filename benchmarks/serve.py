@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9, help="new system prompts, each used twice")
-    parser.add_argument("--system-words", type=int, default=500)
+    parser.add_argument("--system-words", type=int, default=600)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peer", metavar="URL[=MODEL]", help="another server, already running")
     parser.add_argument("--peer-name", default="peer")

@@ -24,6 +24,8 @@ function setState(state) {
   $("send").hidden = state === "answering";
   $("stop").hidden = state !== "answering";
   $("send").disabled = state !== "ready";
+  // A button that had the focus may be gone now. Where there is no keyboard, the focus would bring one up.
+  if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("question").focus();
 }
 
 const megabytes = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`);

@@ -166,6 +166,11 @@ try {
   ]);
   seen.body = asked.postDataJSON();
   seen.brief = await answered(page);
+  // By mouse: whatever button goes away, the focus ends where the next question is typed.
+  await page.click("#new");
+  await page.click("#examples button");
+  await answered(page);
+  seen.focusedClicked = await focused(page);
   console.log(JSON.stringify({ ...seen, requests, complaints }));
 } finally {
   await context.close();

@@ -72,6 +72,7 @@ def test_a_chat(artifact: Artifact, size: str) -> None:
     assert seen["drawn"]["html"].startswith("&lt;b&gt;so&lt;/b&gt;")
     assert seen["body"]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert seen["body"]["max_tokens"] == 4 and "cut: no more tokens" in seen["brief"]["note"]
+    assert seen["focusedClicked"] == "question"
     assert seen["complaints"] == []
     assert {url.split("/")[2] for url in seen["requests"]} == {served.url.removeprefix("http://")}
 
