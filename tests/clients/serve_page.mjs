@@ -93,6 +93,7 @@ try {
   );
   seen.title = await page.title();
   seen.examples = await page.locator("#examples button").count();
+  seen.sideways = await page.evaluate(() => $("main").scrollWidth - $("main").clientWidth);
   await typeAndEnter(page, QUESTION);
   seen.question = QUESTION;
   seen.first = await answered(page);

@@ -66,7 +66,7 @@ def test_a_chat(artifact: Artifact, size: str) -> None:
     assert seen["stopped"]["note"] == "stopped" and seen["stopped"]["text"].startswith("fox fox")
     assert seen["focusedStopped"] == "question" and ended["cancelled"] == 1
     assert (seen["turns"], seen["turnsAnew"], seen["focusedAnew"]) == (6, 0, "question")
-    assert seen["overflow"] <= 0 and seen["formVisible"]
+    assert seen["overflow"] <= 0 and seen["sideways"] <= 0 and seen["formVisible"]
     assert seen["ground"] == {"desktop": "rgb(250, 248, 245)", "phone": "rgb(27, 25, 23)"}[size]
     assert seen["drawn"]["boxes"] == ["let a = 1 < 2;", "open"]
     assert seen["drawn"]["html"].startswith("&lt;b&gt;so&lt;/b&gt;")
