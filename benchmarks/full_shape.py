@@ -1,12 +1,15 @@
 """GGUF at Fox-1's exact shape: exports and runs, ours beside llama.cpp's, in one go.
 
     python -m benchmarks.full_shape WORK --results FILE.json [--llama-cpp SOURCE BUILD]
+    python -m benchmarks.full_shape WORK --results FILE.json --part compensated
 
 WORK is a scratch folder with about 20 GB free. The checkpoint is random (`fox-edge new`), so this page
 says what an export costs and how fast it runs, not what it knows. Peers are measured when they are given:
 llama.cpp's source folder (convert_hf_to_gguf.py) and build folder (llama-quantize, llama-bench). Every
 command is a fresh process; the peer's run follows ours at once, so that a drifting machine drifts for both.
-Runs for minutes; not part of the tests. (ONNX at this shape is onnx_shape.py's.)
+Runs for minutes; not part of the tests. `--part compensated` adds to the file what the slow, good export
+takes, how true its estimates are, and that it goes on where it was killed. (ONNX at this shape is
+onnx_shape.py's.)
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -28,7 +34,8 @@ from benchmarks.machine import machine
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
-EXPORTS = (("gguf", "int4"), ("gguf", "int8"))
+# Name, --quant and --rounding of our plain exports: what llama.cpp's two steps do too.
+EXPORTS = (("gguf-int4", "int4", "nearest"), ("gguf-int8", "int8", "nearest"))
 PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
 _SAMPLE_S = 0.02
 
@@ -107,11 +114,60 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 def our_exports(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
     """Export both presets; each row is `fox-edge export --json`'s."""
     rows = []
-    for format, quant in EXPORTS:
-        target = work / f"{format}-{quant}"
-        row = fox_edge("export", checkpoint, target, "--format", format, "--quant", quant, "--replace")
-        rows.append(row | {"who": "fox-edge", "artifact": target.name})
+    for name, quant, rounding in EXPORTS:
+        how = ("--format", "gguf", "--quant", quant, "--rounding", rounding, "--replace")
+        row = fox_edge("export", checkpoint, work / name, *how)
+        rows.append(row | {"who": "fox-edge", "artifact": name, "rounding": rounding})
     return rows
+
+
+def compensated_export(checkpoint: Path, work: Path) -> dict[str, Any]:
+    """The slow, good export, and how true its own estimates of the time left were.
+
+    It is killed once in its middle, and finished by the same command.
+    """
+    target = work / "gguf-int4-compensated"
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "fox_edge.cli", "export", checkpoint, target, "--format", "gguf"]
+    command += ["--quant", "int4", "--rounding", "compensated", "--json"]
+    whole, estimates = _told(command)
+    row: dict[str, Any] = json.loads(whole.stdout)
+    shutil.rmtree(target)
+    cut_off, _ = _told(command, kill_at=0.5)
+    rest, _ = _told(command)
+    assert json.loads(rest.stdout)["bytes"] == row["bytes"]
+    return row | {
+        "who": "fox-edge",
+        "artifact": target.name,
+        "rounding": "compensated",
+        "wall_s": whole.seconds,
+        "estimates": [{"at_s": at, "total_s": total} for at, total in estimates],
+        "resumed": {"killed_after_s": cut_off.seconds, "finished_in_s": rest.seconds},
+    }
+
+
+def _told(command: Sequence[object], kill_at: float | None = None) -> tuple[Cost, list[tuple[float, float]]]:
+    """Run an export and read its progress: (seconds so far, total seconds that it then reckoned with)."""
+    say("$ " + " ".join(map(str, command)))
+    start, found = time.monotonic(), []
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=out, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if told := re.search(r"(\d+)%, (\d+) s left", line):
+                at = time.monotonic() - start
+                found.append((at, at + float(told[2])))
+                if kill_at is not None and float(told[1]) >= 100 * kill_at:
+                    process.kill()
+        seconds, status = time.monotonic() - start, process.wait()
+        if status and kill_at is None:
+            raise RuntimeError(f"{command[0]} ended with {status}: {''.join(said)[-2000:]}")
+        out.seek(0)
+        return Cost(seconds, 0, 0, out.read()), found
 
 
 def llama_cpp_exports(checkpoint: Path, work: Path, source: Path, build: Path) -> list[dict[str, Any]]:
@@ -258,10 +314,21 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", type=Path, nargs=2, metavar=("SOURCE", "BUILD"))
+    parser.add_argument("--part", choices=("plain", "compensated"), default="plain")
     args = parser.parse_args()
     work: Path = args.work
     checkpoint = random_checkpoint(work)
+    if args.part == "compensated":
+        found = json.loads(args.results.read_text(encoding="utf-8"))
+        found["compensated"] = {
+            "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
+            "machine": machine(),
+        } | compensated_export(checkpoint, work)
+        write_results(args.results, found)
+        return
+    before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results: dict[str, Any] = {
+        **({"compensated": before["compensated"]} if "compensated" in before else {}),
         "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
         "machine": machine(),
         "prompt_tokens": PROMPT_TOKENS,
@@ -280,10 +347,11 @@ def main() -> None:
         save()
     rounds = []
     for _ in range(args.rounds):
-        rows = our_runs(work, [f"{format}-{quant}" for format, quant in EXPORTS])
+        rows = our_runs(work, [name for name, _, _ in EXPORTS])
         if args.llama_cpp:
             # The same file that ours runs, and the peer's own.
-            files = [*sorted(work.glob("gguf-int*/*.gguf")), *sorted(work.glob("peer-Q*.gguf"))]
+            files = [next((work / name).glob("*.gguf")) for name, _, _ in EXPORTS]
+            files += sorted(work.glob("peer-Q*.gguf"))
             rows += [llama_bench(file, args.llama_cpp[1]) for file in files]
         rounds.append(rows)
         results["runs"] = medians(rounds)

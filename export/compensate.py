@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fox_edge.quant import MOST_DRIFT
 from fox_edge.walk import native_product
 
 # Added to the Gram matrix's diagonal, as a share of its mean: what calibration did not show is not free.
@@ -102,8 +103,12 @@ class Compensation:
         return replace(guide, drift=placed) if usable else guide
 
     def target(self, rows: Tensor) -> Tensor:
-        """What rows (R, C) should be rounded to, given what happened before them."""
-        return rows if self.drift is None else torch.addmm(rows, rows, self.drift)
+        """What rows (R, C) should be rounded to, given what happened before them: at most MOST_DRIFT away."""
+        if self.drift is None:
+            return rows
+        way = rows @ self.drift
+        length = way.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        return rows + way * (MOST_DRIFT * rows.norm(dim=1) / length).clamp(max=1)[:, None]
 
     @cached_property
     def natural_factor(self) -> Tensor:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from export.calibration import MEAN_SQUARE_TOKENS, Calibration, read_calibration
 from export.common import Progress, one_torch_thread
 from export.compensate import Compensation, gram, importance
+from fox_edge.calibration import MEAN_SQUARE_TOKENS, Calibration, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import RecipeError
 from fox_edge.progress import say

@@ -79,9 +79,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _imatrix(args: argparse.Namespace) -> None:
-    from export.calibration import read_calibration
     from export.imatrix import write_imatrix
     from export.rounding import importance_of
+    from fox_edge.calibration import read_calibration
 
     checkpoint, out = _checkpoint(args.checkpoint), Path(args.out)
     text = read_calibration(checkpoint.tokenizer(), checkpoint.config.max_positions, args.calibrate)

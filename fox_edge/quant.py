@@ -23,6 +23,8 @@ MAX_RECIPE_BYTES = 1 << 20
 # Ways of rounding, from quick to good; the exporters say what each does.
 NEAREST, SEARCH, COMPENSATED = "nearest", "search", "compensated"
 ROUNDINGS = (NEAREST, SEARCH, COMPENSATED)
+# How far compensation may move a row before it rounds it, as a share of the row's length.
+MOST_DRIFT = 0.1
 
 # The input embedding, which is the output head too when the model is tied; and the head when it is not.
 EMBEDDING = "model.embed_tokens.weight"

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 import export.gguf
-from export.calibration import MEAN_SQUARE_TOKENS, read_calibration
 from export.gguf import export_gguf, interleave_heads, model_file_name
 from export.gguf_header import padded_pieces
 from export.imatrix import write_imatrix
 from export.rounding import importance_of
 from fox_edge.artifact import Artifact
+from fox_edge.calibration import MEAN_SQUARE_TOKENS, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, CheckpointError, RecipeError, TokenizerError, VerificationError
 from fox_edge.gguf_format import stored_name

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from export import calibration
-from export.calibration import GRAM_TOKENS, WINDOW, read_calibration
+from fox_edge import calibration
+from fox_edge.calibration import GRAM_TOKENS, WINDOW, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 

@@ -1,0 +1,288 @@
+"""Which GGUF to ship: bytes, what is left of the model and speed, ours beside llama.cpp's own quantizer.
+
+    python -m benchmarks.gguf_rounding WORK --data TEST.jsonl --results FILE.json [--llama-cpp BUILD]
+        [--part fidelity|speed]
+
+WORK is a scratch folder; TEST.jsonl is GSM8K's test split, on whose text every model's logits are compared
+with the float32 reference's. `fidelity` exports the embedded model by every recipe of CANDIDATES and, when
+BUILD is llama.cpp's build folder, by llama-quantize with llama-imatrix on the very text that ours are
+calibrated on; it holds each of ours against the best of theirs that is as large or larger. `speed` runs the
+same recipes at Fox-1's exact shape, with random weights rounded to nearest, which costs as much time as any
+others. Minutes each; not part of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_shape import fox_edge, medians, random_checkpoint, write_results
+from benchmarks.machine import machine
+from benchmarks.reference import ReferenceScorer
+from benchmarks.rounding import WINDOW, WINDOWS, measured, windows
+from fox_edge.artifact import MANIFEST, Artifact
+from fox_edge.checkpoint import Checkpoint
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import say
+from fox_edge.quant import EMBEDDING, GGUF, PRESETS
+from runtimes.gguf_file import GgufFile
+
+# What each part of the model gets, the first that names a tensor: the tied matrix, keys and values, the down
+# projections of the first and last layer (ends), all of these two layers (edges), all down projections.
+PARTS = {
+    "tied": (EMBEDDING,),
+    "kv": ("*.[kv]_proj.weight",),
+    "ends": ("*.layers.first.mlp.down*", "*.layers.last.mlp.down*"),
+    "edges": ("*.layers.first.*", "*.layers.last.*"),
+    "down": ("*.down_proj.weight",),
+}
+# The body's type, then those of parts.
+CANDIDATES = (
+    "q8_0",
+    "q6_k",
+    "q5_k, tied q6_k",
+    "q5_0, tied q6_k, kv q8_0, ends q8_0",
+    "q5_0, tied q8_0, kv q8_0, ends q8_0",
+    "q4_k",
+    "q4_k, tied q6_k",
+    "q4_k, tied q6_k, kv q6_k, ends q6_k",
+    "q4_k, tied q6_k, kv q5_0, ends q8_0, down iq4_nl",
+    "q4_k, tied q8_0, kv q8_0, ends q8_0, down q5_0",
+    "q4_0, tied q6_k, kv q5_0, ends q8_0",
+    "q4_0, tied q8_0, kv q8_0, ends q8_0",
+    "iq4_nl, tied q6_k, kv q5_0, ends q8_0",
+    "iq4_xs, tied q6_k, kv q5_0, ends q8_0, down iq4_nl",
+    "iq4_xs, tied q6_k, kv q5_0, ends q5_0, down iq4_nl",
+    "iq4_xs, tied q5_k, kv q5_0, ends q8_0, down iq4_nl",
+    "q3_k",
+    "q3_k, tied q6_k, kv q5_0, ends q8_0",
+    "q3_k, tied q6_k, kv q5_0, ends q8_0, edges q4_k, down iq4_nl",
+    "q3_k, tied q5_k, kv q5_0, ends q8_0, edges q4_k, down iq4_nl",
+    "q3_k, tied q5_k, kv q5_0, ends q5_0, edges q4_k",
+    "q3_k, tied q4_k, kv q4_0, ends q5_0, edges q4_k",
+    "q2_k, tied q5_k, kv q4_0, ends q5_0, edges q4_k",
+    "q2_k, tied q4_k, kv q4_0, ends q5_0, edges q4_k",
+)
+# llama-quantize's names, each with its imatrix.
+PEERS = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M"),
+)
+# What is promised about them: at most so much of the divergence of the peer's best of the same bytes or more.
+GOAL = 0.5
+PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
+
+
+def recipe_text(candidate: str) -> str:
+    """The recipe file of one of CANDIDATES."""
+    body, *parts = candidate.split(", ")
+    rules = [
+        f'"{pattern}" = "{type_name}"'
+        for part, type_name in (word.split() for word in parts)
+        for pattern in PARTS[part]
+    ]
+    limits = ["[limits]", "mean_kl_nats = 10", "greedy_tokens = 0"]
+    return "\n".join([f'default = "{body}"', "[tensors]", *rules, *limits, ""])
+
+
+def folder_name(candidate: str) -> str:
+    """A folder's name for one of CANDIDATES."""
+    return "gguf-" + candidate.replace(", ", "-").replace(" ", "-")
+
+
+def export(work: Path, checkpoint: Path | str, candidate: str, rounding: str | None) -> Path:
+    """Export a checkpoint by one of CANDIDATES into the work folder."""
+    name = folder_name(candidate)
+    recipe = work / f"{name}.toml"
+    recipe.write_text(recipe_text(candidate), encoding="utf-8")
+    how = ("--rounding", rounding) if rounding else ()
+    fox_edge("export", checkpoint, work / name, "--format", "gguf", "--quant", recipe, "--replace", *how)
+    return work / name
+
+
+def preset_of(candidate: str) -> str | None:
+    """The preset that this is, if it is one."""
+    shapes = Checkpoint.open("nano").shapes()
+    text = recipe_text(candidate)
+    for (format, name), preset in PRESETS.items():
+        if format == GGUF and _types(preset.resolve(shapes)) == _types(_recipe(text).resolve(shapes)):
+            return name
+    return None
+
+
+# --- the peer ------------------------------------------------------------------------------------------
+
+
+def peer_exports(work: Path, checkpoint: Checkpoint, build: Path) -> Iterator[Path]:
+    """The embedded model by llama-quantize, with llama-imatrix's importance of our calibration text."""
+    from fox_edge.calibration import read_calibration
+
+    whole = work / "gguf-f32"
+    if not whole.exists():
+        fox_edge("export", "nano", whole, "--format", "gguf", "--quant", "f32")
+    artifact = Artifact.open(whole)
+    tokenizer = checkpoint.tokenizer()
+    text = read_calibration(tokenizer, checkpoint.config.max_positions)
+    (work / "calibration.txt").write_text(tokenizer.decode(text.windows[:, 1:].flatten().tolist()), "utf-8")
+    imatrix = work / "peer-imatrix.gguf"
+    _run(
+        *(build / "bin" / "llama-imatrix", "-m", artifact.model_path, "-f", work / "calibration.txt"),
+        *("-o", imatrix, "-c", text.windows.shape[1], "-t", 1, "--parse-special"),
+    )
+    for quant in PEERS:
+        file = work / f"peer-{quant}.gguf"
+        _run(build / "bin" / "llama-quantize", "--imatrix", imatrix, artifact.model_path, file, quant, 1)
+        yield as_artifact(work / f"peer-{quant}", artifact, file)
+
+
+def as_artifact(folder: Path, whole: Artifact, file: Path) -> Path:
+    """Another tool's GGUF of the same model in a folder that our runtime opens."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole.path, folder, ignore=shutil.ignore_patterns("*.gguf"))
+    file.rename(folder / whole.manifest.model_file)
+    fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    stored = GgufFile(Artifact.open(folder))
+    for tensor in fields["tensors"]:
+        tensor["type"], tensor["bytes"] = stored.stored(tensor["name"])
+    stored.close()
+    (folder / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
+    return folder
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        raise FoxEdgeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-1000:]}")
+
+
+# --- what is said of it ----------------------------------------------------------------------------------
+
+
+def ratios(ours: Iterable[Mapping[str, Any]], peers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each of ours against the peer's: bytes and mean KL over those of the best that is no smaller.
+
+    Of those within 6 % of its bytes the one with the least divergence; else the next larger one.
+    """
+    found, peers = [], list(peers)
+    for row in ours:
+        size = row["weight_bytes"]
+        larger = [peer for peer in peers if peer["weight_bytes"] >= size]
+        near = [peer for peer in larger if peer["weight_bytes"] <= 1.06 * size]
+        if not larger:
+            continue
+        peer = (
+            min(near, key=lambda p: p["mean_kl_nats"])
+            if near
+            else min(larger, key=lambda p: p["weight_bytes"])
+        )
+        found.append(
+            {
+                "ours": row["recipe"],
+                "preset": row["preset"],
+                "peer": peer["artifact"].removeprefix("peer-"),
+                "bytes": size / peer["weight_bytes"],
+                "mean_kl": row["mean_kl_nats"] / peer["mean_kl_nats"],
+            }
+        )
+    return found
+
+
+def fidelity(work: Path, data: Path, build: Path | None) -> dict[str, Any]:
+    """The embedded model by all recipes, and by the peer's."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open("nano")
+    reference, texts = ReferenceScorer(checkpoint), windows(checkpoint.tokenizer(), data)
+
+    def row(folder: Path) -> dict[str, Any]:
+        found = measured(folder, reference, texts)
+        say(f"{folder.name}: {found['weight_bytes']:,} bytes, {found['mean_kl_nats']:.5f} nats")
+        return found
+
+    ours = [
+        row(export(work, "nano", name, None)) | {"recipe": name, "preset": preset_of(name)}
+        for name in CANDIDATES
+    ]
+    peers = [row(folder) for folder in peer_exports(work, checkpoint, build)] if build else []
+    return {"positions": WINDOWS * WINDOW, "ours": ours, "peers": peers, "ratios": ratios(ours, peers)}
+
+
+def speed(work: Path, rounds: int) -> list[dict[str, Any]]:
+    """Fox-1's exact shape by all recipes: bytes, prompt and decode speed, medians of interleaved rounds."""
+    checkpoint = random_checkpoint(work)
+    folders = []
+    for name in CANDIDATES:
+        folder = work / folder_name(name)
+        folders.append(folder if folder.exists() else export(work, checkpoint, name, "nearest"))
+    found = [
+        fox_edge(
+            *("bench", *folders, "--prompt-tokens", PROMPT_TOKENS, "--decode-tokens", DECODE_TOKENS),
+            *("--context", CONTEXT, "--repeats", 1),
+        )["results"]
+        for _ in range(rounds)
+    ]
+    rows = medians(found)
+    return [
+        row | {"artifact": Path(row["artifact"]).name, "recipe": name, "preset": preset_of(name)}
+        for name, row in zip(CANDIDATES, rows, strict=True)
+    ]
+
+
+def _recipe(text: str) -> Any:
+    import tempfile
+
+    from fox_edge.quant import read_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "candidate.toml"
+        path.write_text(text, encoding="utf-8")
+        return read_recipe(path, GGUF)
+
+
+def _types(assignments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: given.type.name for name, given in assignments.items()}
+
+
+def main() -> None:
+    """Parse, measure, write the results file; a part that is not asked for keeps what the file has."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gguf_rounding", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--llama-cpp", type=Path, metavar="BUILD")
+    parser.add_argument("--part", choices=("fidelity", "speed"))
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
+    shown = " ".join(Path(a).name for a in sys.argv[1:])
+    for part in ("fidelity", "speed") if args.part is None else (args.part,):
+        if part == "fidelity":
+            if args.data is None:
+                parser.error("--data is needed for the part fidelity")
+            found: Any = fidelity(args.work / "nano", args.data, args.llama_cpp)
+        else:
+            found = {"rows": speed(args.work, args.rounds)}
+        results[part] = {
+            "command": f"python -m benchmarks.gguf_rounding {shown}",
+            "machine": machine(),
+        } | found
+        write_results(args.results, results)
+
+
+if __name__ == "__main__":
+    main()
