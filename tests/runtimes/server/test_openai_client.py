@@ -308,6 +308,20 @@ def test_a_client_that_leaves_a_stream_frees_the_slot(artifact: Artifact) -> Non
         assert served.service.engine.metrics.answers == {"cancelled": 2}
 
 
+def test_what_goes_wrong_in_mid_stream_is_told_in_the_stream(artifact: Artifact) -> None:
+    with running(str(artifact.path), slots=1, timeout_s=0.5) as served:
+        slow_down(served)
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="-", max_retries=0)
+        stream = client.chat.completions.create(
+            model="nano-int8", messages=ASKED, stream=True, extra_body={"grammar": "start: /a{900,}/"}
+        )
+        pieces = []
+        with pytest.raises(openai.APIError, match="longer than the server's time limit"):
+            for chunk in stream:
+                pieces.append(chunk.choices[0].delta.content or "")
+        assert set("".join(pieces)) == {"a"}
+
+
 @pytest.mark.parametrize("spec", ["onnx", "torch:nano"])
 def test_every_runtime_serves(spec: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     if spec == "onnx":
