@@ -15,7 +15,9 @@ since the cache was last as single steps make it is run again, token by token, a
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,8 +34,10 @@ MOST = 8
 GUARD = 0.15
 # A guess of this size is made where few tokens are expected to be right.
 _SMALL = 3
-# What guessing must promise to save, steps after which costs are forgotten, how fast old figures are.
+# What guessing must promise to save, steps after which costs are forgotten, the weight of a new figure, and
+# how many times of steps and batches are remembered.
 _MARGIN, _FORGET, _NEW_SHARE = 1.1, 256, 0.25
+_RECENT = 9
 
 
 def speculating(session: Session, options: SessionOptions) -> Session:
@@ -87,16 +91,19 @@ class History:
 class Worth:
     """Whether guessing pays, from what it costs and how often it is right; in seconds.
 
-    How many tokens of a guess were right is known without running it: the tokens come anyway. What a batch
-    costs is known from the last ones, what had to be run again from all of them. Costs are forgotten now and
-    then, ever later, so that another try is made.
+    How many tokens of a guess were right is known without running it: the tokens come anyway. What a step and
+    a batch cost is the median of the last few, what had to be run again the mean of all. Where guesses did not
+    save what they promised, more must be promised. Costs are forgotten now and then, ever later, so that
+    another try is made.
     """
 
     def __init__(self) -> None:
-        self._step_s = 0.0
-        self._batch_s: dict[int, float] = {}  # by the size of the guess
+        self._step_s: deque[float] = deque(maxlen=_RECENT)
+        self._batch_s: dict[int, deque[float]] = {}  # by the size of the guess
         self._right: dict[int, float] = {}  # by the length of the match
         self._again_s = self._made = 0.0
+        self._saved_s: float | None = None
+        self._margin = _MARGIN
         self._age, self._forget = 0, _FORGET
 
     def size(self, match: int, most: int) -> int:
@@ -105,34 +112,42 @@ class Worth:
         if right is None or not self._step_s:
             return 0
         size = most if right >= _SMALL else min(_SMALL, most)
-        # A large batch costs what a small one does at least.
-        cost = max((self._batch_s[known] for known in self._batch_s if known <= size), default=0.0)
         if size not in self._batch_s and right < 1:
             return 0
+        # A large batch costs what a small one does at least.
+        cost = max((statistics.median(s) for n, s in self._batch_s.items() if n <= size), default=0.0)
         again_s = self._again_s / self._made if self._made else 0.0
-        return size if (1 + right) * (self._step_s - again_s) > _MARGIN * cost else 0
+        gain = (1 + right) * (statistics.median(self._step_s) - again_s)
+        return size if gain > self._margin * cost else 0
 
     def stepped(self, seconds: float) -> None:
         """A token was run by itself."""
-        self._step_s = _smooth(self._step_s or None, seconds)
+        self._step_s.append(seconds)
         self._age += 1
         if self._age >= self._forget:
             self._age, self._forget = 0, 2 * self._forget
             self._batch_s.clear()
             self._again_s, self._made = self._again_s / 2, self._made / 2
 
-    def batched(self, size: int, seconds: float) -> None:
-        """A batch was run that guessed so many tokens."""
-        self._batch_s[size] = _smooth(self._batch_s.get(size), seconds)
+    def batched(self, size: int, seconds: float, right: int) -> None:
+        """A batch of a guess of so many tokens was run, of which so many were right."""
+        self._batch_s.setdefault(size, deque(maxlen=_RECENT)).append(seconds)
+        self._made += 1 + right
+        step_s = statistics.median(self._step_s) if self._step_s else seconds
+        self._saved_s = _smooth(self._saved_s, (1 + right) * step_s - seconds)
+        if self._saved_s < 0:
+            self._margin, self._saved_s = 1.5 * self._margin, None
+        else:
+            self._margin = max(_MARGIN, 0.9 * self._margin)
 
-    def guessed(self, match: int, right: int, made: bool) -> None:
-        """Of a guess so many tokens were right; `made`: in a batch, that left them in the cache."""
+    def guessed(self, match: int, right: int) -> None:
+        """Of a guess so many tokens were right."""
         self._right[match] = _smooth(self._right.get(match), right)
-        self._made += (1 + right) * made
 
     def ran_again(self, seconds: float) -> None:
         """Tokens of batches were run again, one by one."""
         self._again_s += seconds
+        self._saved_s = _smooth(self._saved_s, -seconds)
 
 
 def _smooth(old: float | None, new: float) -> float:
@@ -154,11 +169,12 @@ class Counts:
 
 @dataclass
 class _Guess:
-    """Tokens that may come, of which `right` came already; with their logits where a batch was run."""
+    """Tokens that may come, of which `right` came; with logits where a batch was run, and its seconds."""
 
     tokens: list[int]
     match: int
     rows: Logits | None = None
+    seconds: float = 0.0
     right: int = 0
 
     def takes(self, token: int) -> bool:
@@ -273,9 +289,8 @@ class LookupSession:
         tokens = guess[:size]
         start = self._clock()
         rows = np.concatenate(list(self.below.score([token, *tokens])))
-        self._worth.batched(size, self._clock() - start)
         self._history.append((token,))
-        self._guess = _Guess(tokens, match, rows)
+        self._guess = _Guess(tokens, match, rows, self._clock() - start)
         self.counts.batches += 1
         self.counts.guessed += len(tokens)
         return rows[0]
@@ -298,10 +313,13 @@ class LookupSession:
     def _settle(self) -> None:
         """Be done with a guess: give up what was wrong, and learn from it."""
         guess, self._guess = self._guess, None
+        # What an interrupt kept from being run was never appended.
+        self._history.truncate(self.length)
         if guess is None:
             return
-        self._worth.guessed(guess.match, guess.right, guess.rows is not None)
+        self._worth.guessed(guess.match, guess.right)
         if guess.rows is not None:
+            self._worth.batched(len(guess.tokens), guess.seconds, guess.right)
             self.below.truncate(self._appended)
 
 

@@ -251,11 +251,24 @@ def test_a_worth_that_knows_nothing_guesses_nothing() -> None:
     assert worth.size(LONGEST, 8) == 0
     worth.stepped(1.0)
     assert worth.size(LONGEST, 8) == 0
-    worth.guessed(LONGEST, 5, made=False)
+    worth.guessed(LONGEST, 5)
     assert worth.size(LONGEST, 8) == 8
-    worth.batched(8, 5.9)  # six tokens for 5.9 steps: less than a tenth is saved
+    worth.batched(8, 5.9, 5)  # six tokens for 5.9 steps: less than a tenth is saved
     assert worth.size(LONGEST, 8) == 0
-    worth.batched(8, 0.5)
+
+
+def test_promises_that_were_not_kept_raise_what_is_asked() -> None:
+    worth = Worth()
+    worth.stepped(1.0)
+    worth.guessed(LONGEST, 3)
+    worth.batched(8, 3.0, 3)
+    assert worth.size(LONGEST, 8) == 8  # four steps for three
+    worth.batched(8, 3.0, 0)
+    worth.batched(8, 3.0, 0)
+    worth.guessed(LONGEST, 3)
+    assert worth.size(LONGEST, 8) == 0
+    for _ in range(10):
+        worth.batched(8, 3.0, 8)
     assert worth.size(LONGEST, 8) == 8
 
 
