@@ -91,10 +91,10 @@ class History:
 class Worth:
     """Whether guessing pays, from what it costs and how often it is right; in seconds.
 
-    How many tokens of a guess were right is known without running it: the tokens come anyway. What a step and
-    a batch cost is the median of the last few, what had to be run again the mean of all. Where guesses did not
-    save what they promised, more must be promised. Costs are forgotten now and then, ever later, so that
-    another try is made.
+    How many tokens of a guess were right is known without running it: the tokens come anyway. What a step
+    and a batch cost is the median of the last few, what had to be run again the mean of all. Where guesses
+    did not save what they promised, more must be promised. Costs are forgotten now and then, ever later, so
+    that another try is made.
     """
 
     def __init__(self) -> None:
