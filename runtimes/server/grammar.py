@@ -54,13 +54,13 @@ class Grammars:
 
     def json(self, schema: dict[str, Any]) -> Follow:
         """A constraint to JSON, compact, of this schema; raises FoxEdgeError where it cannot be followed."""
-        text = _bounded(json.dumps(schema))
         try:
+            text = _bounded(json.dumps(schema))
             # Free white space lets a model write spaces for ever.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_flexible": False}
             )
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FoxEdgeError(f"the schema cannot be followed: {_first_line(error)}") from None
         return self._follow(grammar)
 
@@ -74,6 +74,8 @@ class Grammars:
 
     def _follow(self, grammar: str) -> Follow:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # a grammar that no text ends is found out only now
         if matcher.is_error():
             raise FoxEdgeError(f"the grammar cannot be followed: {_first_line(matcher.get_error())}")
         return Follow(matcher, self._rows)

@@ -82,6 +82,12 @@ def test_what_is_no_request(served: Served, body: bytes, sentence: str) -> None:
             "response_format",
         ),
         ({"grammar": "root ::= ("}, "the grammar cannot be", "grammar"),
+        ({"grammar": "root ::= root root"}, "the grammar cannot be followed", "grammar"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "file:///x"}}}},
+            "the grammar cannot be followed",
+            "response_format",
+        ),
         ({"grammar": "x" * 70_000}, "has 70000 characters, but at most 65536", "grammar"),
     ],
 )
