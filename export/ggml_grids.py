@@ -30,6 +30,7 @@ except ImportError:
 
 # What the levels of the non-linear 4-bit types stand for.
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_TERNARY = ("tq1_0", "tq2_0")
 # More would be infinite in float16.
 _FLOAT16_MAX = 65504.0
 
@@ -247,6 +248,5 @@ LAYOUTS: dict[str, Layout] = {
     "q5_k": Layout((0, 2), _six_bits(4), range(32), *_bits(((48, 256, 32, 4), (16, 256, 32, 1)))),
     "q6_k": Layout((208,), _q6_k_scales, range(-32, 32), *_bits(((0, 256, 64, 4), (128, 256, 32, 2)))),
     "q1_0": Layout((0,), None, (-1, 1), *_bits(((2, 128, 1, 1),))),
-    "tq2_0": Layout((64,), None, range(-1, 2), *_bits(((0, 256, 32, 2),))),
     "iq4_xs": Layout((0,), _iq4_xs_scales, _IQ4, *_bits(((8, 256, 16, 4),))),
 }

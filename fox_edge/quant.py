@@ -92,7 +92,8 @@ def _onnx(bits: int, block_size: int, symmetric: bool) -> QuantType:
 
 
 # GGUF block sizes and bytes: the block structures of llama.cpp's ggml-common.h. Error bounds: about twice
-# what each type loses on normally distributed weights.
+# what each type loses on normally distributed weights; below 2 bits the error is as large as the weights, and
+# only the divergence of the whole model says what is left.
 _TABLE: tuple[QuantType, ...] = (
     _gguf("f32", 0, 1, 4, 1e-6),
     _gguf("f16", 0, 1, 2, 1e-3),
@@ -107,7 +108,7 @@ _TABLE: tuple[QuantType, ...] = (
     _gguf("q4_0", 4, 32, 18, 0.25),
     _gguf("iq4_nl", 4, 32, 18, 0.2),
     _gguf("iq4_xs", 4, 256, 136, 0.2),
-    _gguf("mxfp4", 4, 32, 17, 0.7),
+    _gguf("mxfp4", 4, 32, 17, 0.45),
     _gguf("nvfp4", 4, 64, 36, 0.25),
     _gguf("q3_k", 3, 256, 110, 0.4),
     _gguf("iq3_s", 3, 256, 110, 0.4),
@@ -115,12 +116,12 @@ _TABLE: tuple[QuantType, ...] = (
     _gguf("q2_k", 2, 256, 84, 0.7),
     _gguf("iq2_s", 2, 256, 82, 0.7),
     _gguf("iq2_xs", 2, 256, 74, 0.75),
-    _gguf("iq2_xxs", 2, 256, 66, 0.8),
+    _gguf("iq2_xxs", 2, 256, 66, 0.95),
     _gguf("tq2_0", 2, 256, 66, 0.9),
     _gguf("tq1_0", 2, 256, 54, 0.9),
-    _gguf("iq1_m", 1, 256, 56, 0.9),
-    _gguf("iq1_s", 1, 256, 50, 0.9),
-    _gguf("q1_0", 1, 128, 18, 0.9),
+    _gguf("iq1_m", 1, 256, 56, 1.2),
+    _gguf("iq1_s", 1, 256, 50, 1.2),
+    _gguf("q1_0", 1, 128, 18, 2.0),
     QuantType("float32", ONNX, 0, 1, 32, 1e-6),
     *(
         _onnx(bits, block_size, symmetric)

@@ -81,6 +81,9 @@ def test_a_product_with_the_input_changes_less(type_: QuantType) -> None:
 
     plain = loss(quantize(type_, rows.numpy(), guide.importance.numpy()))
     blocks = quantize_compensated(type_, rows, guide)
+    if type_.name in ("tq1_0", "tq2_0"):  # never compensated
+        assert loss(blocks) == plain
+        return
     assert blocks.shape == (24, type_.row_bytes("t", 512))
     # Blocks as long as the row leave no column to make good for them but those of the other block.
     assert loss(blocks) < (0.85 if type_.name in LAYOUTS else 0.99) * plain
