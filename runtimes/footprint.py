@@ -81,7 +81,7 @@ def runtime_of(path: Path) -> tuple[str, str]:
 
 
 class _About(NamedTuple):
-    """What is asked of every kind of model; `pieces` is the size of its vocabulary."""
+    """What is asked of every kind of model; `pieces` of vocabulary are in its tokenizers' tables."""
 
     positions: int
     pieces: int
@@ -95,7 +95,8 @@ def _open(target: str) -> tuple[Artifact | ForeignOnnx | Checkpoint, _About]:
 
         checkpoint = Checkpoint.open(target)
         config = checkpoint.config
-        return checkpoint, _About(config.max_positions, config.vocab_size, default_kv(TORCH))
+        # Opening a checkpoint reads its tokenizer too, to hold it against the configuration.
+        return checkpoint, _About(config.max_positions, 2 * config.vocab_size, default_kv(TORCH))
     model = open_model(path)
     if isinstance(model, Artifact):
         config = FoxConfig.read(path / "config.json")

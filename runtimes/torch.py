@@ -72,9 +72,10 @@ class TorchSession:
     def need(source: Checkpoint, options: SessionOptions, dtype: torch.dtype = torch.bfloat16) -> MemoryNeed:
         """What it takes to open this on the CPU, told from headers."""
         check_choices(options, "PyTorch", (_name(dtype),))
+        weights = dtype.itemsize * source.config.num_parameters()
         return MemoryNeed(
-            weights=dtype.itemsize * source.config.num_parameters(),
-            buffers=_buffers(source.config),
+            weights=weights,
+            buffers=_buffers(source.config) + min(_READ_BYTES, weights),
             per_position=options.conversations * kv_bytes_per_position(source.config, TORCH, _name(dtype)),
         )
 
@@ -154,9 +155,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _buffers(config: FoxConfig) -> int:
-    """Bytes of a chunk's intermediate results, and of the pages of the checkpoint that are being read."""
+    """Bytes of a chunk's intermediate results and a row of logits."""
     widest = 4 * config.hidden_size + 3 * config.intermediate_size
-    return 4 * (PREFILL_CHUNK * widest + config.vocab_size) + _READ_BYTES
+    return 4 * (PREFILL_CHUNK * widest + config.vocab_size)
 
 
 def _device(name: str) -> torch.device:
