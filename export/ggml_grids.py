@@ -58,8 +58,11 @@ def quantize_compensated(
     """Round float32 rows (R, C) so that their product with the input changes least.
 
     Returns ggml's blocks (R, bytes of a row). Types whose blocks are not taken apart here are rounded block
-    by block by ggml, each block making good the errors of those before.
+    by block by ggml, each block making good the errors of those before. Ternary types are not compensated:
+    their step is a block's largest weight, so that errors would grow from block to block.
     """
+    if type_.name in _TERNARY:
+        return quantize(type_, rows.numpy(), guide.importance.numpy(), tensor)
     rows = guide.target(rows)
     if type_.name not in LAYOUTS:
         return _by_blocks(type_, rows, guide, tensor)
