@@ -44,8 +44,8 @@ from runtimes.onnx_rewrite import quantize_kv, set_accuracy_level
 
 # Tokens of a prompt that run at once: bounds the activations, long enough for the fast matrix kernels.
 PREFILL_CHUNK = 256
-# Matrices (chunk, widest) of float32 that live at once in a layer; fitted to peaks with weights packed at this
-# start (40 MB more) and before.
+# Matrices (chunk, widest) of float32 that live at once in a layer; fitted to peaks of starts that packed the
+# weights (40 MB more) and of starts that found them packed.
 _ACTIVATIONS = 3
 # What onnxruntime takes of its own once it runs: pages of its library, arenas.
 _FIXED = 14_000_000
