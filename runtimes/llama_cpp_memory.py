@@ -72,6 +72,8 @@ def copied_bytes(tensor: TensorRecord, tied: bool) -> int:
     # Rows of an embedding are looked up, which no packed layout can; as the head it is multiplied too.
     if len(tensor.shape) != 2 or (tensor.name == EMBEDDING and not tied):
         return 0
+    if tensor.type.upper() not in gguf.GGMLQuantizationType.__members__:
+        return 0  # a manifest that says so is told by `verify`
     return _packed_bytes(tensor.type, *tensor.shape)
 
 

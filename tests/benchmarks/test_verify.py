@@ -232,8 +232,10 @@ def test_a_manifest_that_lies_about_a_tensor(format: str, checkpoint: Checkpoint
         "tensors": f"{Q}: the manifest says {truth['bytes'] + 1} bytes, but the file has {truth['bytes']}"
     }
     shape = (truth["shape"][0] + 1, truth["shape"][1])
-    [(name, detail)] = lies(shape=shape).items()
-    assert name == "manifest" and f"the shape of {Q} is {shape}, the checkpoint's" in detail
+    found = lies(shape=shape)
+    assert f"the shape of {Q} is {shape}, the checkpoint's" in found.pop("manifest")
+    # A GGUF's header is held against its manifest before llama.cpp sees it.
+    assert list(found) == (["opens"] if format == "gguf" else [])
 
 
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
