@@ -172,12 +172,57 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.1f}" if name.endswith("_per_s") else f"{value:.2f} s"
 
 
+def memory_table(results: Mapping[str, Any]) -> str:
+    """What was predicted beside what was measured, by runtime, KV cache and context."""
+    rows = []
+    for row in results["rows"]:
+        others = [f"{k} {('off', 'on')[v]}" for k, v in row["session"].items() if isinstance(v, bool)]
+        rows.append(
+            [
+                ", ".join([row["runtime"], *others]),
+                row["kv"],
+                f"{row['context']:,}",
+                _mb(row["predicted"]["total_bytes"]),
+                _mb(row["measured"]["peak_rss_bytes"]),
+                f"{row['ratio']:.3f}",
+            ]
+        )
+    head = ("runtime", "KV cache", "context", "predicted, MB", "peak RSS, MB", "ratio")
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+
+
+def speculation_table(results: Mapping[str, Any]) -> str:
+    """Decoding with and without guesses, and how many answers are the same."""
+    rows = []
+    for row in results["results"]:
+        right = row["right_percent"]
+        rows.append(
+            [
+                row["artifact"],
+                row["prompts"],
+                row["way"],
+                f"{row['decode_tokens_per_s']:,.1f}",
+                f"{row['speedup']:.2f}",
+                f"{row['guessed']:,}" if "guessed" in row else "",
+                "" if right is None else f"{right:.0f}",
+                f"{row['identical']} of {row['answers']}",
+            ]
+        )
+    head = (
+        *("model", "prompts", "guesses", "decode tok/s", "times plain", "tokens guessed", "right, %"),
+        "answers the same",
+    )
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
     "full-shape": full_shape_table,
     "rounding": rounding_table,
     "onnx-shape": onnx_shape_table,
+    "memory": memory_table,
+    "speculation": speculation_table,
 }
 
 
