@@ -215,11 +215,58 @@ def speculation_table(results: Mapping[str, Any]) -> str:
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
+def gguf_rounding_table(results: Mapping[str, Any]) -> str:
+    """Recipes for GGUF: bytes, what is left of the embedded model, speed; then ratios to the peer's."""
+    speeds = {row["recipe"]: row for row in results.get("speed", {}).get("rows", ())}
+    found = results["fidelity"]
+    ours = [
+        (row, f"**{row['preset']}**: {row['recipe']}" if row["preset"] else row["recipe"])
+        for row in found["ours"]
+    ]
+    peers = [(row, f"*{row['artifact'].removeprefix('peer-')}, llama-quantize*") for row in found["peers"]]
+    rows = []
+    for row, name in sorted(ours + peers, key=lambda pair: -pair[0]["weight_bytes"]):
+        speed = speeds.get(row.get("recipe"))
+        rows.append(
+            [
+                name,
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['mean_kl_nats']:.5f}",
+                f"{row['top1_agreement_percent']:.1f}",
+                *(
+                    (
+                        _mb(speed["weight_bytes"]),
+                        f"{speed['prompt_tokens_per_s']:.0f}",
+                        f"{speed['decode_tokens_per_s']:.1f}",
+                    )
+                    if speed
+                    else ("", "", "")
+                ),
+            ]
+        )
+    head = (
+        *("recipe", "nano: bits per weight", "mean KL, nats", "top-1, %"),
+        *("Fox-1's shape: MB", "prompt tok/s", "decode tok/s"),
+    )
+    pairs = [
+        [
+            f"**{row['preset']}**" if row["preset"] else row["ours"],
+            row["peer"],
+            f"{row['bytes']:.3f}",
+            f"{row['mean_kl']:.2f}",
+        ]
+        for row in found["ratios"]
+    ]
+    pair_head = ("ours", "over llama-quantize's", "bytes", "mean KL")
+    return "\n\n".join([_markdown(head, rows), _markdown(pair_head, pairs), _machine(found["machine"])])
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
     "full-shape": full_shape_table,
     "rounding": rounding_table,
+    "gguf-rounding": gguf_rounding_table,
     "onnx-shape": onnx_shape_table,
     "memory": memory_table,
     "speculation": speculation_table,
