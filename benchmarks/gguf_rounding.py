@@ -31,19 +31,10 @@ from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
-from fox_edge.quant import EMBEDDING, GGUF, PRESETS
+from fox_edge.quant import GGUF, PRESETS, mixed_rules
 from runtimes.gguf_file import GgufFile
 
-# What each part of the model gets, the first that names a tensor: the tied matrix, keys and values, the down
-# projections of the first and last layer (ends), all of these two layers (edges), all down projections.
-PARTS = {
-    "tied": (EMBEDDING,),
-    "kv": ("*.[kv]_proj.weight",),
-    "ends": ("*.layers.first.mlp.down*", "*.layers.last.mlp.down*"),
-    "edges": ("*.layers.first.*", "*.layers.last.*"),
-    "down": ("*.down_proj.weight",),
-}
-# The body's type, then those of parts.
+# The body's type, then those of the parts of quant.PARTS.
 CANDIDATES = (
     "q8_0",
     "q6_k",
@@ -82,12 +73,8 @@ PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
 
 def recipe_text(candidate: str) -> str:
     """The recipe file of one of CANDIDATES."""
-    body, *parts = candidate.split(", ")
-    rules = [
-        f'"{pattern}" = "{type_name}"'
-        for part, type_name in (word.split() for word in parts)
-        for pattern in PARTS[part]
-    ]
+    body, _, parts = candidate.partition(", ")
+    rules = [f'"{pattern}" = "{type_name}"' for pattern, type_name in mixed_rules(parts)]
     limits = ["[limits]", "mean_kl_nats = 10", "greedy_tokens = 0"]
     return "\n".join([f'default = "{body}"', "[tensors]", *rules, *limits, ""])
 
@@ -191,7 +178,6 @@ def ratios(ours: Iterable[Mapping[str, Any]], peers: Iterable[Mapping[str, Any]]
         found.append(
             {
                 "ours": row["recipe"],
-                "preset": row["preset"],
                 "peer": peer["artifact"].removeprefix("peer-"),
                 "bytes": size / peer["weight_bytes"],
                 "mean_kl": row["mean_kl_nats"] / peer["mean_kl_nats"],
@@ -211,10 +197,7 @@ def fidelity(work: Path, data: Path, build: Path | None) -> dict[str, Any]:
         say(f"{folder.name}: {found['weight_bytes']:,} bytes, {found['mean_kl_nats']:.5f} nats")
         return found
 
-    ours = [
-        row(export(work, "nano", name, None)) | {"recipe": name, "preset": preset_of(name)}
-        for name in CANDIDATES
-    ]
+    ours = [row(export(work, "nano", name, None)) | {"recipe": name} for name in CANDIDATES]
     peers = [row(folder) for folder in peer_exports(work, checkpoint, build)] if build else []
     return {"positions": WINDOWS * WINDOW, "ours": ours, "peers": peers, "ratios": ratios(ours, peers)}
 
@@ -235,7 +218,7 @@ def speed(work: Path, rounds: int) -> list[dict[str, Any]]:
     ]
     rows = medians(found)
     return [
-        row | {"artifact": Path(row["artifact"]).name, "recipe": name, "preset": preset_of(name)}
+        row | {"artifact": Path(row["artifact"]).name, "recipe": name}
         for name, row in zip(CANDIDATES, rows, strict=True)
     ]
 

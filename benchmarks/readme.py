@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gguf_rounding import preset_of
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
@@ -215,14 +217,17 @@ def speculation_table(results: Mapping[str, Any]) -> str:
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
+def _recipe_name(recipe: str) -> str:
+    """A recipe in few words, behind the preset's name if it is one."""
+    preset = preset_of(recipe)
+    return f"**{preset}**: {recipe}" if preset else recipe
+
+
 def gguf_rounding_table(results: Mapping[str, Any]) -> str:
     """Recipes for GGUF: bytes, what is left of the embedded model, speed; then ratios to the peer's."""
     speeds = {row["recipe"]: row for row in results.get("speed", {}).get("rows", ())}
     found = results["fidelity"]
-    ours = [
-        (row, f"**{row['preset']}**: {row['recipe']}" if row["preset"] else row["recipe"])
-        for row in found["ours"]
-    ]
+    ours = [(row, _recipe_name(row["recipe"])) for row in found["ours"]]
     peers = [(row, f"*{row['artifact'].removeprefix('peer-')}, llama-quantize*") for row in found["peers"]]
     rows = []
     for row, name in sorted(ours + peers, key=lambda pair: -pair[0]["weight_bytes"]):
@@ -250,7 +255,7 @@ def gguf_rounding_table(results: Mapping[str, Any]) -> str:
     )
     pairs = [
         [
-            f"**{row['preset']}**" if row["preset"] else row["ours"],
+            _recipe_name(row["ours"]),
             row["peer"],
             f"{row['bytes']:.3f}",
             f"{row['mean_kl']:.2f}",

@@ -297,21 +297,37 @@ def _matches(names: tuple[str, ...], pattern: str) -> bool:
 INT8_LIMITS = Limits(mean_kl_nats=0.005, greedy_tokens=32)
 INT4_LIMITS = Limits(mean_kl_nats=0.1, greedy_tokens=0)
 
-_BOTH_HEADS = ((EMBEDDING, "q6_k"), (HEAD, "q6_k"))
-# Where a wider type is worth its bytes: keys and values are a few rows that everything reads, and what the
-# first and the last layer put into the residual stream nothing else makes good (measured, docs/gguf.md).
-_SENSITIVE = ("*.k_proj.weight", "*.v_proj.weight", "*.layers.first.mlp.down*", "*.layers.last.mlp.down*")
+# Parts of a model that are worth another type than the rest (measured: docs/gguf.md). The tied matrix is read
+# twice, as embedding and as head; keys and values are a few rows that everything reads; what the first and
+# the last layer put into the residual stream nothing else makes good.
+PARTS: dict[str, tuple[str, ...]] = {
+    "tied": (EMBEDDING, HEAD),
+    "kv": ("*.[kv]_proj.weight",),
+    "ends": ("*.layers.first.mlp.down*", "*.layers.last.mlp.down*"),
+    "edges": ("*.layers.first.*", "*.layers.last.*"),
+    "down": ("*.down_proj.weight",),
+}
 
 
-def _sensitive(type_name: str) -> tuple[tuple[str, str], ...]:
-    return tuple((pattern, type_name) for pattern in _SENSITIVE)
+def mixed_rules(parts: str) -> tuple[tuple[str, str], ...]:
+    """Rules of a recipe in few words: 'tied q6_k, kv q5_0' gives each part of PARTS its type."""
+    words = [part.split() for part in parts.split(", ")] if parts else []
+    return tuple((pattern, type_name) for part, type_name in words for pattern in PARTS[part])
 
 
-# The tied matrix costs quality twice (as embedding and as head), so GGUF keeps it wider than the body. ONNX's
-# has column scales and compensated rounding instead.
+def _gguf_preset(name: str, body: str, parts: str, limits: Limits = INT4_LIMITS) -> Recipe:
+    return Recipe(name, GGUF, body, mixed_rules(parts), limits)
+
+
+# ONNX's tied matrix has column scales, so that it needs no more bits than the body.
 PRESETS: dict[tuple[str, str], Recipe] = {
-    (GGUF, "int8"): Recipe("int8", GGUF, "q8_0", (), INT8_LIMITS),
-    (GGUF, "int4"): Recipe("int4", GGUF, "q4_k", (*_BOTH_HEADS, *_sensitive("q6_k")), INT4_LIMITS),
+    (GGUF, "int8"): _gguf_preset("int8", "q8_0", "", INT8_LIMITS),
+    (GGUF, "laptop"): _gguf_preset("laptop", "q4_0", "tied q8_0, kv q8_0, ends q8_0"),
+    (GGUF, "int4"): _gguf_preset("int4", "q4_0", "tied q6_k, kv q5_0, ends q8_0"),
+    (GGUF, "phone"): _gguf_preset("phone", "q3_k", "tied q5_k, kv q5_0, ends q8_0, edges q4_k, down iq4_nl"),
+    (GGUF, "tiny"): _gguf_preset(
+        "tiny", "q2_k", "tied q5_k, kv q4_0, ends q5_0, edges q4_k", Limits(mean_kl_nats=0.3, greedy_tokens=0)
+    ),
     (ONNX, "int8"): Recipe("int8", ONNX, "q8s128", (), INT8_LIMITS),
     (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", (), INT4_LIMITS),
 }

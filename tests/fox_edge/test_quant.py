@@ -70,7 +70,7 @@ def test_presets_fit_fox(format: str, name: str) -> None:
 
 def test_ggufs_int4_keeps_the_tied_matrix_wider() -> None:
     given = PRESETS[GGUF, "int4"].resolve(FOX.tensor_shapes())
-    assert given[EMBEDDING].type.name == "q6_k" and given[Q].type.name == "q4_k"
+    assert given[EMBEDDING].type.name == "q6_k" and given[Q].type.name == "q4_0"
     untied = dataclasses.replace(FOX, tied=False)
     assert PRESETS[GGUF, "int4"].resolve(untied.tensor_shapes())[HEAD].type.name == "q6_k"
     onnx = PRESETS[ONNX, "int4"].resolve(FOX.tensor_shapes())
