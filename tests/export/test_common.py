@@ -46,7 +46,7 @@ def test_needed_bytes_counts_blocks_and_is_enough(tiny_256: Checkpoint) -> None:
 def test_the_manifest_carries_recipe_and_notes(tiny: Checkpoint) -> None:
     made = manifest(tiny)
     assert made.recipe["limits"] == {"mean_kl_nats": 0.1, "greedy_tokens": 0}
-    assert made.recipe["default"] == "q4_k"
+    assert made.recipe["default"] == "q4_0"
     assert made.notes == (*tiny.notes, "a note of the exporter")
     assert any("bos_token_id" in note for note in made.notes)
     assert made.context == tiny.config.max_positions

@@ -89,7 +89,7 @@ def test_every_type_has_a_file_type() -> None:
     # llama-quantize's own mixtures, by name.
     mixture = Recipe("q4_k_m", GGUF, "q4_k", (), INT4_LIMITS)
     assert file_type(mixture) == gguf.LlamaFileType.MOSTLY_Q4_K_M
-    assert file_type(find_recipe(GGUF, "int4")) == gguf.LlamaFileType.MOSTLY_Q4_K_S
+    assert file_type(find_recipe(GGUF, "int4")) == gguf.LlamaFileType.MOSTLY_Q4_0
 
 
 def test_a_vocabulary_without_all_bytes_is_refused(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ KV_VALUES = 2 * 2 * 2 * 64
 
 @pytest.fixture(scope="module")
 def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("footprint") / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(
+        tiny_256, tmp_path_factory.mktemp("footprint") / "out", find_recipe(GGUF, "int4"), rounding="nearest"
+    )
 
 
 def test_a_checkpoint_is_reckoned_as_pytorch_opens_it(tiny_256: Checkpoint) -> None:

@@ -35,7 +35,9 @@ def f32(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def int4(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("int4") / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(
+        tiny_256, tmp_path_factory.mktemp("int4") / "out", find_recipe(GGUF, "int4"), rounding="nearest"
+    )
 
 
 @pytest.fixture(scope="module")

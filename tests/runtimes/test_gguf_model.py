@@ -31,7 +31,9 @@ Change = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture(scope="module")
 def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("model") / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(
+        tiny_256, tmp_path_factory.mktemp("model") / "out", find_recipe(GGUF, "int4"), rounding="nearest"
+    )
 
 
 def rewritten(artifact: Artifact, path: Path, change: Change) -> Path:

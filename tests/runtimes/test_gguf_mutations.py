@@ -74,7 +74,9 @@ for seed in map(int, sys.argv[4:]):
 
 @pytest.fixture(scope="module")
 def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("whole") / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(
+        tiny_256, tmp_path_factory.mktemp("whole") / "out", find_recipe(GGUF, "int4"), rounding="nearest"
+    )
 
 
 def results_of(artifact: Artifact, checkpoint: Checkpoint, seeds: range, folder: Path) -> dict[int, Any]:

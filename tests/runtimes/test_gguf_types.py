@@ -74,7 +74,7 @@ def test_llama_cpp_computes_with_what_verification_reads(
     llama.cpp rounds activations too (to 8 bits and a scale), which leaves a few percent; a misread type would
     leave nothing.
     """
-    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, name))
+    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, name), rounding="search")
     assert name in {record.type for record in artifact.manifest.tensors}
     model = checkpoint.load_model()
     file = GgufFile(artifact)

@@ -71,7 +71,7 @@ def test_logits_are_the_reference_models(
     config = dataclasses.replace(TINY, num_heads=heads, num_kv_heads=kv_heads, head_dim=64 // heads * 2)
     folder = make_checkpoint(tmp_path / "checkpoint", config, tied=tied, dtype=dtype)
     checkpoint = Checkpoint.open(folder)
-    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, quant))
+    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, quant), rounding="nearest")
     ids = tokens(100)
     expected = reference(checkpoint, ids)
     with LlamaCppSession(artifact, ONE) as session:
@@ -93,7 +93,7 @@ def test_int8_and_int4_stay_near(tiny_256: Checkpoint, tmp_path: Path) -> None:
     ids = tokens(100)
     expected = reference(tiny_256, ids)
     for quant, most in (("int8", 0.05), ("int4", 0.5)):
-        made = export_gguf(tiny_256, tmp_path / quant, find_recipe(GGUF, quant))
+        made = export_gguf(tiny_256, tmp_path / quant, find_recipe(GGUF, quant), rounding="nearest")
         with LlamaCppSession(made, ONE) as session:
             error = np.sqrt(np.square(scored(session, ids) - expected).mean()) / expected.std()
             assert 1e-4 < error < most

@@ -24,7 +24,9 @@ IDS = np.random.default_rng(0).integers(8, 512, size=100).tolist()
 
 @pytest.fixture(scope="module")
 def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("choices") / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(
+        tiny_256, tmp_path_factory.mktemp("choices") / "out", find_recipe(GGUF, "int4"), rounding="nearest"
+    )
 
 
 def scored(artifact: Artifact, **choices: object) -> np.ndarray:

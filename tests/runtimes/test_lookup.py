@@ -287,7 +287,7 @@ def test_options_say_which_session() -> None:
 def artifacts(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("lookup")
     return {
-        GGUF: export_gguf(nano, folder / "gguf", find_recipe(GGUF, "int4")),
+        GGUF: export_gguf(nano, folder / "gguf", find_recipe(GGUF, "int4"), rounding="nearest"),
         ONNX: export_onnx(nano, folder / "onnx", find_recipe(ONNX, "int4"), rounding="nearest"),
     }
 

@@ -21,7 +21,7 @@ from runtimes.tuning import checked, made_for, record_path, store, with_tuning, 
 
 @pytest.fixture
 def artifact(tiny_256: Checkpoint, tmp_path: Path) -> Artifact:
-    return export_gguf(tiny_256, tmp_path / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(tiny_256, tmp_path / "out", find_recipe(GGUF, "int4"), rounding="nearest")
 
 
 def test_without_a_record_nothing_changes(artifact: Artifact) -> None:
@@ -111,7 +111,9 @@ def test_a_record_with_anything_else_is_not_used(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "x" * 100, "[" * 100_000, json.dumps({"choices": {"threads": 1}})]
+    "text",
+    ["", "{}", "x" * 100, "[" * 100_000, json.dumps({"choices": {"threads": 1}})],
+    ids=["empty", "no keys", "no JSON", "deep", "choices only"],
 )
 def test_a_record_that_was_edited_is_not_used(text: str, artifact: Artifact) -> None:
     path = store(artifact, {"repack": False}, "balance", [])
