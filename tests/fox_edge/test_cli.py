@@ -162,7 +162,7 @@ def test_mistakes_of_the_user(
     assert "no such folder" in mistake(capsys, "export", tmp_path / "nowhere", tmp_path / "o", *export)
     assert "empty" in mistake(capsys, "export", empty, tmp_path / "o", *export)
     line = mistake(capsys, "export", checkpoint, tmp_path / "o", *export, "--quant", "int5")
-    assert "int8, int4, f32" in line and "q4_k" in line
+    assert "int8, laptop, int4, phone, tiny, f32" in line and "q4_k" in line
     assert "exists already" in mistake(capsys, "export", checkpoint, artifact, *export)
     gguf = next(artifact.glob("*.gguf"))
     assert "GGUF" in mistake(capsys, "export", gguf, tmp_path / "o", *export)

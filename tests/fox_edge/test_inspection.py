@@ -28,7 +28,7 @@ def test_artifact(tmp_path: Path) -> None:
     result = inspect(str(artifact.path))
     types = {t["name"]: t["type"] for t in result["tensors"]}
     assert types["model.embed_tokens.weight"] == "q6_k"
-    assert types["model.layers.0.mlp.up_proj.weight"] == "q4_k"
+    assert types["model.layers.0.mlp.up_proj.weight"] == "q4_0"
     assert sum(t["bytes"] for t in result["tensors"]) == artifact.manifest.weight_bytes
     assert result["bytes"] == sum(p.stat().st_size for p in artifact.path.iterdir())
     assert "NOT verified" in inspect_text(result)
