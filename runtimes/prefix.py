@@ -19,9 +19,9 @@ class PrefixCache:
 
     `prompt_tokens`, of the last prompt, and `reused_tokens`, how many of them needed no run.
 
-    Kernels round differently when a prompt is cut elsewhere. With a `step` above 1, prompts that part ways are
-    reused up to a multiple of it only: run in parts of `step` tokens, a prompt then has the same bits whatever
-    was in the cache. A conversation that goes on after its own answer is reused to the last token.
+    Kernels round differently when a prompt is cut elsewhere. With a `step` above 1, prompts that part ways
+    are reused up to a multiple of it only: run in parts of `step` tokens, a prompt then has the same bits
+    whatever was in the cache. A conversation that goes on after its own answer is reused to the last token.
     """
 
     def __init__(self, session: Session, step: int = 1) -> None:
