@@ -14,7 +14,7 @@ Shapes: R rows, C columns, B blocks of K weights per row, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -35,6 +35,8 @@ DRIFT = 0.5
 PANEL = 128
 # How strongly scales are held where the search put them, as a share of the system's mean diagonal.
 _PULL = 1e-4
+# Rows whose factors are fitted at once.
+_REFIT_ROWS = 256
 # Rows and columns of one tile of the Gram matrix; tiles below the diagonal are mirrored, not computed.
 _TILE = 512
 
@@ -218,16 +220,34 @@ def refit(rows: Tensor, basis: list[Tensor], factors: list[Tensor], guide: Compe
     they are now. With v_i the vectors of one row, the factors f that minimise
     (w - sum_i f_i v_i) H (w - sum_i f_i v_i)^T solve sum_j (v_i H v_j^T) f_j = w H v_i^T for all i.
     """
+    pieces = zip(
+        rows.split(_REFIT_ROWS),
+        zip(*(vectors.split(_REFIT_ROWS) for vectors in basis), strict=True),
+        zip(*(factor.split(_REFIT_ROWS) for factor in factors), strict=True),
+        strict=True,
+    )
+    found = [_refitted(part, vectors, before, guide.gram) for part, vectors, before in pieces]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _refitted(
+    rows: Tensor, basis: Sequence[Tensor], factors: Sequence[Tensor], gram: Tensor
+) -> Sequence[Tensor]:
+    """The same for rows few enough that what is computed for one block of them stays in a core's cache."""
     count, width = basis[0].shape[1:]
     system = torch.empty(len(rows), len(basis), count, len(basis), count)
     for i, vectors in enumerate(basis):
         for s in range(count):
-            seen = (vectors[:, s] @ guide.gram[s * width : (s + 1) * width]).view(-1, count, width)
+            # v_i H v_j^T is symmetric: blocks before this one have it already.
+            seen = vectors[:, s] @ gram[s * width : (s + 1) * width, s * width :]
+            seen = seen.view(-1, count - s, width)
             for j, others in enumerate(basis):
-                system[:, i, s, j] = (seen * others).sum(-1)
-    seen = (rows @ guide.gram).view(-1, count, width)
+                part = (seen * others[:, s:]).sum(-1)
+                system[:, i, s, j, s:] = part
+                system[:, j, s:, i, s] = part
+    seen = (rows @ gram).view(-1, count, width)
     wanted = torch.cat([(seen * vectors).sum(-1) for vectors in basis], 1)
-    size, before = len(basis) * count, torch.cat(factors, 1)
+    size, before = len(basis) * count, torch.cat(list(factors), 1)
     system = system.view(-1, size, size)
     # A block of zeros has no say in the product: a slight pull towards where they were holds all factors.
     diagonal = system.diagonal(dim1=1, dim2=2)
@@ -235,5 +255,4 @@ def refit(rows: Tensor, basis: list[Tensor], factors: list[Tensor], guide: Compe
     diagonal.add_(pull)
     found, _ = torch.linalg.solve_ex(system, wanted + pull * before)
     usable = torch.isfinite(found).all(-1, keepdim=True)
-    found = torch.where(usable, found, before)
-    return [part.contiguous() for part in found.split(count, 1)]
+    return torch.where(usable, found, before).split(count, 1)
