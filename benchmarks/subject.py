@@ -17,6 +17,7 @@ from fox_edge.quant import EMBEDDING, ONNX
 from runtimes.base import (
     FOREIGN_ONNX,
     RUNTIMES,
+    TORCH_PREFIX,
     TORCH_RUNTIME,
     Session,
     SessionOptions,
@@ -30,7 +31,6 @@ from runtimes.lookup import speculating
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
 
-TORCH_PREFIX = "torch:"
 _BF16_BYTES = 2
 
 

@@ -66,9 +66,7 @@ class Compensation:
     importance: Tensor  # (C,)
     order: Tensor  # (C,) int64: columns, most important first
     factor: Tensor  # (C, C): upper Cholesky factor of the inverse Gram matrix, in that order
-    drift: Tensor | None = (
-        None  # (C, C): what to add to rows, once multiplied by them, before they are rounded
-    )
+    drift: Tensor | None = None  # (C, C): rows times this is added to them before they are rounded
 
     @classmethod
     def of(cls, gram: Tensor, damping: float = DAMPING) -> Compensation:

@@ -105,30 +105,17 @@ class Rounding:
         waiting: deque[tuple[str, list[Future[Tensor | None]]]] = deque()
         with one_torch_thread():
             for name in self.shapes:
-                guide = importance(squares[name]) if self._is_guided(name) and name in squares else None
-                waiting.append((name, self._start(name, guide)))
+                guided = self._is_guided(name) and name in squares
+                waiting.append((name, self._start(name, self._importance(name, squares) if guided else None)))
                 if len(waiting) == _MATRICES:
                     self._finish(*waiting.popleft())
             while waiting:
                 self._finish(*waiting.popleft())
 
     def mean_squares(self, calibration: Calibration) -> dict[str, Tensor]:
-        """Per matrix, mean squares of its columns' inputs (C,) in the model as it is.
-
-        Of a tied matrix, what it reads as the head; of an untied embedding nothing: rows are looked up.
-        """
+        """As the function of this name, counted as work."""
         self.total += sum(self._bytes(name) for name in self._layer_names())
-        squares: dict[str, Tensor] = {}
-
-        def visit(name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            squares[name] = inputs[0].square().mean(0)
-            weights = original(self.checkpoint, name)
-            self._tell(self._bytes(name))
-            return [weights]
-
-        hidden = self._walk(calibration, visit)
-        squares[self.head] = self._as_head_reads(hidden).square().mean(0)
-        return squares
+        return mean_squares(self.checkpoint, calibration, lambda name: self._tell(self._bytes(name)))
 
     def compensated(self, calibration: Calibration, journal: Journal | None = None) -> None:
         """The tied matrix first, then layer after layer behind what is already rounded.
@@ -174,9 +161,7 @@ class Rounding:
         ids, places = torch.unique(calibration.windows, return_inverse=True)
         rounded = self.round(EMBEDDING, guide, ids)
         self._tell(self._cost(EMBEDDING))
-        exact = self.checkpoint.tensor(EMBEDDING)[ids].float()
-        self.checkpoint.release(EMBEDDING)
-        return torch.stack([exact[places], rounded[places]])
+        return torch.stack([_embeddings(self.checkpoint, ids)[places], rounded[places]])
 
     def _head_guide(self, calibration: Calibration) -> Compensation:
         """For a tied matrix: what the head reads when nothing is rounded yet."""
@@ -188,15 +173,13 @@ class Rounding:
             self._tell(self._walk_cost(name))
             return [weights]
 
-        hidden = self._walk(calibration, visit)
+        hidden = _walk(self.checkpoint, calibration, visit)
         return Compensation.of(gram(self._as_head_reads(hidden)), TIED_DAMPING)
 
-    def _walk(self, calibration: Calibration, visit: Visit) -> Tensor:
-        """What the head reads (tokens, C), by a walk that begins at the checkpoint's own embedding."""
-        ids, places = torch.unique(calibration.windows, return_inverse=True)
-        embedded = self.checkpoint.tensor(EMBEDDING)[ids].float()[places]
-        self.checkpoint.release(EMBEDDING)
-        return walk(self.checkpoint, embedded[None], visit, product=native_product)[0]
+    def _importance(self, name: str, squares: Mapping[str, Tensor]) -> Tensor:
+        """What an error in each column costs (C,), where the head's columns may have scales."""
+        scales = self.target.column_scales(name) if name == self.head else None
+        return importance(squares[name] if scales is None else squares[name] * scales.square())
 
     def _as_head_reads(self, hidden: Tensor) -> Tensor:
         scales = self.target.column_scales(self.head)
@@ -296,6 +279,40 @@ class _Behind:
         return [original(work.checkpoint, name), after]
 
 
+def mean_squares(
+    checkpoint: Checkpoint, calibration: Calibration, tell: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Per matrix, mean squares of its columns' inputs (C,) in the model as it is.
+
+    Of a tied matrix, what it reads as the head; of an untied embedding nothing: rows are looked up. `tell` is
+    given the name of each matrix that the text has gone through.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def visit(name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        squares[name] = inputs[0].square().mean(0)
+        weights = original(checkpoint, name)
+        tell(name)
+        return [weights]
+
+    hidden = _walk(checkpoint, calibration, visit)
+    squares[EMBEDDING if checkpoint.config.tied else HEAD] = hidden.square().mean(0)
+    return squares
+
+
+def _walk(checkpoint: Checkpoint, calibration: Calibration, visit: Visit) -> Tensor:
+    """What the head reads (tokens, C), by a walk that begins at the checkpoint's own embedding."""
+    ids, places = torch.unique(calibration.windows, return_inverse=True)
+    return walk(checkpoint, _embeddings(checkpoint, ids)[places][None], visit, product=native_product)[0]
+
+
+def _embeddings(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    """Rows of the checkpoint's embedding, float32."""
+    rows = checkpoint.tensor(EMBEDDING)[ids].float()
+    checkpoint.release(EMBEDDING)
+    return rows
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How an export is rounded, and what it is told of the inputs."""
@@ -355,8 +372,13 @@ def importance_of(checkpoint: Checkpoint, calibration: Calibration, progress: Pr
     """Sums of squares of what every matrix of a checkpoint reads on a text, the tied head's included."""
     from export.imatrix import Importance
 
-    with Rounding(checkpoint, _Nothing(), 1, progress) as work:
-        squares = work.mean_squares(calibration)
+    layers = [name for name in checkpoint.shapes() if name.startswith("model.layers.")]
+
+    def tell(name: str) -> None:
+        if progress is not None:
+            progress(layers.index(name) + 1, len(layers))
+
+    squares = mean_squares(checkpoint, calibration, tell)
     return Importance(
         sums={name: (found * calibration.tokens).numpy() for name, found in squares.items()},
         counts=dict.fromkeys(squares, calibration.tokens),
@@ -424,23 +446,3 @@ def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
     """What changes when a checkpoint does; hashing it would take as long as reading it."""
     files = sorted(path for path in checkpoint.path.iterdir() if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-class _Nothing:
-    """The target of work that only looks."""
-
-    def is_rounded(self, name: str) -> bool:
-        """Nothing is."""
-        return False
-
-    def task_rows(self, name: str, guide: Guide) -> int:
-        """Any number."""
-        return COMPENSATED_ROWS
-
-    def column_scales(self, name: str) -> Tensor | None:
-        """None."""
-        return None
-
-    def put(self, name: str, start: int, rows: Tensor, guide: Guide, keep: Tensor | None) -> Tensor | None:
-        """Never called."""
-        raise NotImplementedError

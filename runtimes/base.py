@@ -209,6 +209,8 @@ RUNTIMES: dict[str, tuple[str, str]] = {
     "onnx": ("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
 }
 
+# How a user names a checkpoint that PyTorch is to open: torch:nano.
+TORCH_PREFIX = "torch:"
 # The same for checkpoints; constructed with (fox_edge.checkpoint.Checkpoint, SessionOptions).
 TORCH_RUNTIME = ("torch", "runtimes.torch:TorchSession")
 

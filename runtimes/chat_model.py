@@ -14,11 +14,19 @@ from fox_edge.artifact import Artifact
 from fox_edge.config import read_json_object
 from fox_edge.errors import ArtifactError, CheckpointError, FoxEdgeError
 from fox_edge.tokenizer import Tokenizer
-from runtimes.base import FOREIGN_ONNX, Session, SessionOptions, load, open_model, open_session, runtime_name
+from runtimes.base import (
+    FOREIGN_ONNX,
+    TORCH_PREFIX,
+    Session,
+    SessionOptions,
+    load,
+    open_model,
+    open_session,
+    runtime_name,
+)
 from runtimes.generate import GREEDY, Sampling
 from runtimes.lookup import speculating
 
-TORCH_PREFIX = "torch:"
 # generation_config.json's names for what we call otherwise, and all that is taken from there.
 _THEIRS = {
     "temperature": "temperature",
