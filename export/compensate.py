@@ -70,10 +70,13 @@ class Compensation:
 
     @classmethod
     def of(cls, gram: Tensor, damping: float = DAMPING) -> Compensation:
-        """From the Gram matrix (C, C) of the input; more damping when it is too near to singular."""
+        """From the Gram matrix (C, C) of the input, which it keeps and changes.
+
+        More damping when it is too near to singular.
+        """
         weight = importance(gram.diagonal())
         order = torch.argsort(weight, descending=True, stable=True)
-        scaled = gram / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        scaled = gram.div_(gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
         for extra in (damping, 9 * damping, 90 * damping):
             scaled.diagonal().add_(extra)
             factor = _factor(scaled, order)
@@ -94,7 +97,6 @@ class Compensation:
         found = gram(rounded)
         level = found.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         guide = cls.of(found)
-        del found
         drift = native_product((exact - rounded).T, rounded.T).div_(level / DRIFT)
         drift = (drift[:, guide.order] @ guide.factor.T) @ guide.factor
         placed = torch.empty_like(drift)

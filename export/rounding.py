@@ -26,6 +26,7 @@ from export.compensate import Compensation, gram, importance
 from fox_edge.calibration import MEAN_SQUARE_TOKENS, Calibration, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import RecipeError
+from fox_edge.heap import trim_heap
 from fox_edge.progress import say
 from fox_edge.quant import COMPENSATED, EMBEDDING, HEAD, NEAREST, SEARCH, Assignment, Recipe
 from fox_edge.resume import Journal
@@ -42,6 +43,8 @@ _RELEASE_TASKS = 64
 _MATRICES = 4
 # A tied matrix is rounded for the head's input; but its rows are inputs too, where all columns count alike.
 TIED_DAMPING = 0.1
+# What these matrices read, no other does.
+_READ_ALONE = ("o_proj.weight", "down_proj.weight")
 # How many times longer a matrix of 2,048 columns takes to be rounded with compensation than one stream takes
 # through it: measured at Fox-1's shape. The embedding's rows share one guide; a layer's inputs have one each.
 _EMBEDDING_COST, _LAYER_COST = 2.4, 12.0
@@ -274,6 +277,9 @@ class _Behind:
                 self.guide = Compensation.behind(exact, rounded)
             guide = self.guide
         after = work.round(name, guide, torch.arange(work.shapes[name][0]))
+        trim_heap()
+        if name.endswith(_READ_ALONE):
+            self.input, self.guide = None, None
         if name != HEAD:
             work._tell(work._cost(name))
         return [original(work.checkpoint, name), after]

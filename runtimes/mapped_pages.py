@@ -1,9 +1,8 @@
-"""Letting go of memory once a model has opened: pages of its files that were read once, and freed scratch.
+"""Letting go of the pages of a model's files that were read once, when it opened.
 
 onnxruntime maps what it reads of a model's files and keeps it mapped: scales and zero points of packed
 matrices stay in this process's memory, though the packed copies hold them too. The pages are the file's own:
-who needs one again finds it in the system's cache. What packing took for a moment and freed stays with the
-allocator until it is asked. Knows Linux; elsewhere there is nothing to do.
+who needs one again finds it in the system's cache. Knows Linux; elsewhere there is nothing to do.
 """
 
 from __future__ import annotations
@@ -27,12 +26,6 @@ def drop_pages(path: Path) -> None:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for start, size in list(_clean(os.fspath(path.resolve()))):
             madvise(start, size, _MADV_DONTNEED)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where glibc is the allocator."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _clean(path: str) -> Iterator[tuple[int, int]]:

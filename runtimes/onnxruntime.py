@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fox_edge.artifact import Artifact
 from fox_edge.config import FoxConfig
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
+from fox_edge.heap import trim_heap
 from fox_edge.processors import physical_cores
 from fox_edge.quant import ONNX
 from runtimes.base import (
@@ -33,7 +34,7 @@ from runtimes.base import (
     check_tokens,
 )
 from runtimes.kv_types import KV_TYPES, default_kv, kv_bytes_per_position
-from runtimes.mapped_pages import drop_pages, trim_heap
+from runtimes.mapped_pages import drop_pages
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
 from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
