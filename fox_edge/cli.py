@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from fox_edge import __version__
+from fox_edge import grammar
 from fox_edge.errors import FoxEdgeError
+from fox_edge.grammar import EXIT_MISTAKE, SWITCHES, Verb
 from fox_edge.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from fox_edge.quant import Limits, Recipe
 
 # 1 is Python's own, for a bug that escapes with its traceback.
-EXIT_OK, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = _parse(argv)
+    args = parse(argv)
     try:
         return int(args.run(args) or EXIT_OK)
     except FoxEdgeError as error:
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout left (`| head`); keep Python from complaining again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, `run` among them: the verb's function."""
+    return grammar.parse(argv, VERBS)
 
 
 # --- verbs ---------------------------------------------------------------------------------------------
@@ -290,8 +296,8 @@ def _exporter(format: str) -> Callable[..., Artifact]:
 
 
 def _session(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SessionOptions that `_session_options` asks for."""
-    choices = {name: {"on": True, "off": False, None: None}[getattr(args, name)] for name in _SWITCHES}
+    """The fields of SessionOptions that the grammar asks for."""
+    choices = {name: {"on": True, "off": False, None: None}[getattr(args, name)] for name in SWITCHES}
     return {
         "kv": args.kv,
         "prompt_threads": args.prompt_threads,
@@ -317,279 +323,20 @@ def _print(args: argparse.Namespace, result: dict[str, Any], render: Callable[[d
     print(json.dumps(result, ensure_ascii=False) if args.json else render(result), flush=True)
 
 
-# --- the grammar -------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argparse that answers a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: {message} (see {self.prog} --help)")
-        raise SystemExit(EXIT_MISTAKE)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; a mistake ends the process with one line."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # Argparse gives up on an optional last word once options have come before it.
-    if args.verb == "chat" and args.question is None and len(rest) == 1 and not rest[0].startswith("-"):
-        args.question = rest.pop()
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="fox-edge", description="Take a Fox-1 checkpoint to laptops and phones, and prove it got there."
-    )
-    parser.add_argument("--version", action="version", version=f"fox-edge {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def verb(
-        name: str, run: Callable[[argparse.Namespace], int | None], help: str
-    ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print one JSON document")
-        return sub
-
-    export = verb("export", _export, "write a verified GGUF or ONNX model from a checkpoint")
-    export.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
-    export.add_argument("out", help="folder to create")
-    export.add_argument("--format", choices=("gguf", "onnx"), required=True)
-    export.add_argument(
-        "--quant",
-        default="int4",
-        help="int4 (default), int8; GGUF also laptop, phone, tiny; a type's name; or a recipe.toml",
-    )
-    export.add_argument(
-        "--replace", action="store_true", help="replace an artifact that exists under this name"
-    )
-    export.add_argument(
-        "--compat",
-        action="append",
-        choices=("optimum",),
-        default=[],
-        help="ONNX: also serve what this client does and others need not pay for (docs/onnx-clients.md)",
-    )
-    export.add_argument(
-        "--rounding",
-        choices=("nearest", "search", "compensated"),
-        help="from quick to good (default: compensated where a type has at most 4 bits, else nearest)",
-    )
-    _calibrate(export)
-    export.add_argument(
-        "--imatrix", type=Path, metavar="FILE", help="round by an importance matrix, ours or llama.cpp's"
-    )
-    _verification(export)
-    _threads(export)
-
-    imatrix = verb(
-        "imatrix", _imatrix, "measure which columns of each matrix matter, for llama.cpp's tools too"
-    )
-    imatrix.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
-    imatrix.add_argument("out", metavar="FILE.gguf", help="file to create")
-    imatrix.add_argument("--replace", action="store_true", help="replace a file of this name")
-    _calibrate(imatrix)
-
-    verify = verb("verify", _verify, "check that an artifact is still the model it was made from")
-    verify.add_argument("artifact", help="an artifact, or an ONNX folder that another tool exported")
-    verify.add_argument("--checkpoint", required=True, help="the checkpoint it was exported from")
-    _verification(verify)
-    _threads(verify)
-
-    inspect = verb(
-        "inspect", _inspect, "show what is in a checkpoint or artifact, and the memory it will take"
-    )
-    inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
-    inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
-    _session_options(inspect)
-
-    chat = verb("chat", _chat, "talk to a model in the terminal, or let a script ask it one question")
-    chat.add_argument(
-        "artifact", help="an artifact, another tool's ONNX folder, or torch:CHECKPOINT (BF16 in PyTorch)"
-    )
-    chat.add_argument("question", nargs="?", help="ask this, print the answer and leave; or use --prompt")
-    chat.add_argument("--prompt", metavar="TEXT", help="the question; what is piped in is put after it")
-    chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--max-tokens", type=_positive, default=512, help="of one answer (default: 512)")
-    chat.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="a text that ends an answer; repeatable"
-    )
-    _sampling_options(chat)
-    _context(chat)
-    _speculation(chat, "auto")
-    _session_options(chat)
-    _threads(chat)
-
-    serve = verb("serve", _serve, "answer over HTTP as OpenAI's servers do, and on a chat page")
-    serve.add_argument(
-        "artifact", help="an artifact, another tool's ONNX folder, or torch:CHECKPOINT (BF16 in PyTorch)"
-    )
-    serve.add_argument("--host", default="127.0.0.1", help="default: this machine only; others need a key")
-    serve.add_argument("--port", type=int, default=8080, help="default: 8080; 0: any that is free")
-    serve.add_argument("--api-key", metavar="KEY", help="default: the environment's FOX_EDGE_API_KEY")
-    serve.add_argument("--name", help="the model's id in requests (default: the folder's name)")
-    serve.add_argument("--slots", type=_positive, default=4, help="answers at once (default: 4)")
-    serve.add_argument("--queue", type=_count, default=64, help="requests that may wait (default: 64)")
-    serve.add_argument("--max-tokens", type=_positive, help="the most per answer (default: the context)")
-    serve.add_argument("--timeout", type=float, default=600.0, help="seconds per answer (default: 600)")
-    serve.add_argument(
-        "--grace", type=float, default=30.0, help="seconds for running answers at the end (default: 30)"
-    )
-    _context(serve)
-    _session_options(serve)
-    _threads(serve)
-
-    bench = verb("bench", _bench, "measure latency and memory, each artifact in a fresh process")
-    bench.add_argument(
-        "artifact",
-        nargs="+",
-        help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
-    )
-    bench.add_argument("--prompt-tokens", type=_positive, default=234)
-    bench.add_argument("--decode-tokens", type=_positive, default=64)
-    bench.add_argument("--repeats", type=_positive, default=3)
-    _context(bench)
-    _speculation(bench, "off")
-    _session_options(bench)
-    _threads(bench)
-
-    tune = verb("tune", _tune, "find the choices that suit this machine, in 20 seconds, and keep them")
-    tune.add_argument("artifact")
-    tune.add_argument(
-        "--prefer",
-        choices=("balance", "prompt", "decode", "memory"),
-        default="balance",
-        help="balance (default): time for a question and its answer; memory may quantize the KV cache",
-    )
-
-    evaluate = verb("eval", _eval, "measure accuracy on GSM8K or on built-in word problems")
-    evaluate.add_argument(
-        "artifact",
-        nargs="+",
-        help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
-    )
-    evaluate.add_argument("--task", default="gsm8k", help="gsm8k (5-shot) or word-problems (0-shot chat)")
-    evaluate.add_argument("--limit", type=_positive, default=50, help="problems to ask (default: 50)")
-    evaluate.add_argument("--shots", type=int, default=5, help="worked examples before each GSM8K question")
-    evaluate.add_argument("--data", help="GSM8K test.jsonl; without it, the hub is asked")
-    evaluate.add_argument("--train", help="GSM8K train.jsonl, for the worked examples")
-    _session_options(evaluate)
-    _threads(evaluate)
-
-    verb("doctor", _doctor, "tell which runtimes work here, and how to add the others")
-
-    new = verb("new", _new, "write a random checkpoint of a real shape, to rehearse with")
-    new.add_argument("folder")
-    new.add_argument("--shape", default="fox-1-1.6b", help="fox-1-1.6b (default) or nano")
-    new.add_argument("--seed", type=int, default=0)
-
-    demo = verb("demo", _demo, "export, verify, measure and question the embedded model, four ways")
-    demo.add_argument("--checkpoint", default="nano")
-    demo.add_argument("--out", default="out", help="folder for the artifacts and the report (default: out)")
-    demo.add_argument("--problems", type=_positive, default=50, help="word problems to ask each model")
-    return parser
-
-
-def _calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="UTF-8 text to round for (default: built-in)"
-    )
-
-
-def _verification(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-mean-kl", type=float, help="nats; default: the recipe's (int8 0.005, int4 0.1)"
-    )
-    parser.add_argument("--greedy-tokens", type=int, help="tokens of greedy text that must agree (int8: 32)")
-    parser.add_argument("--text", help="UTF-8 file to compare logits on (default: built-in word problems)")
-
-
-def _threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_positive, help="default: the processors this process may use")
-
-
-# Choices of llama.cpp's that are on, off, or its own.
-_SWITCHES = {
-    "repack": "copy weights into the layout of this processor's kernels at load (default: on)",
-    "flash_attention": "attention in one pass over the KV cache (default: where it pays)",
-    "mmap": "map the model file instead of reading it (default: on)",
+VERBS: dict[str, Verb] = {
+    "export": _export,
+    "imatrix": _imatrix,
+    "verify": _verify,
+    "inspect": _inspect,
+    "chat": _chat,
+    "serve": _serve,
+    "bench": _bench,
+    "tune": _tune,
+    "eval": _eval,
+    "doctor": _doctor,
+    "new": _new,
+    "demo": _demo,
 }
-
-
-def _session_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kv",
-        metavar="TYPE",
-        help="what the KV cache stores: GGUF f16 (default), q8_0 or q4_0; ONNX float32 (default) or int8",
-    )
-    for name, help in _SWITCHES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", choices=("on", "off"), help=f"GGUF: {help}")
-    parser.add_argument(
-        "--prompt-threads", type=_positive, help="GGUF: threads for prompts (default: as --threads)"
-    )
-    parser.add_argument(
-        "--accuracy-level",
-        type=int,
-        choices=(1, 4),
-        help="ONNX: 1 computes in float32, 4 (default) on activations rounded to int8",
-    )
-    parser.add_argument(
-        "--no-cache",
-        action="store_true",
-        help="use and keep nothing beside the artifact: no packed weights (ONNX), no tuned choices",
-    )
-
-
-def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        help="0: always the likeliest token (default: what the model's generation_config.json asks, else 0)",
-    )
-    parser.add_argument("--top-p", type=float, help="sample the likeliest tokens of this share of the mass")
-    parser.add_argument("--top-k", type=int, help="sample this many likeliest tokens")
-    parser.add_argument("--min-p", type=float, help="sample tokens of this share of the likeliest's chance")
-    parser.add_argument("--repeat-penalty", type=float, help="above 1: tokens seen of late are less likely")
-    parser.add_argument("--seed", type=int, help="the same answers again (default: a new one, told)")
-
-
-def _speculation(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--speculate",
-        type=_guesses,
-        default=default,
-        metavar="auto|off|N",
-        help="guess tokens from what came before, greedy answers only: as many as pay, none, or N at once "
-        f"(default: {default})",
-    )
-
-
-def _guesses(text: str) -> int | str | None:
-    if text in ("auto", "off"):
-        return text if text == "auto" else None
-    return _positive(text)
-
-
-def _context(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=_positive, help="tokens of context to open")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 0")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from export.onnx_clients import GENAI_CONFIG, GENAI_MODEL
 from fox_edge.artifact import Artifact
-from fox_edge.cli import _parser
+from fox_edge.cli import parse
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import SessionOptions, open_session
 from runtimes.generate import generate
@@ -61,7 +61,7 @@ def test_commands_parse() -> None:
     ours = [command for command in commands if command[0] == "fox-edge"]
     assert ours
     for command in ours:
-        assert callable(_parser().parse_args(command[1:]).run)
+        assert callable(parse(command[1:]).run)
     for command in commands:
         if command[0] == "node":
             assert (DOCS.parent / command[1]).is_file()

@@ -18,7 +18,7 @@ from export.onnx import MODEL_FILE, export_onnx
 from export.onnx_clients import COMPAT, GENAI_MODEL, OPTIMUM
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.cli import _parser, main
+from fox_edge.cli import main, parse
 from fox_edge.quant import ONNX, find_recipe
 from runtimes.base import SessionOptions, open_session
 from tests.clients.helpers import Asked
@@ -133,7 +133,7 @@ def test_compat_costs_no_bytes_and_changes_no_answer(
 def test_compat_names_the_clients_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", "nano", "out", "--format", "onnx"]
     for client in COMPAT:
-        assert _parser().parse_args([*command, "--compat", client]).compat == [client]
+        assert parse([*command, "--compat", client]).compat == [client]
     assert main(["export", "nano", "out", "--format", "gguf", "--compat", OPTIMUM]) == 2
     assert "is for --format onnx, not gguf" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:

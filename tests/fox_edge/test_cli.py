@@ -236,13 +236,13 @@ def test_sigkill_in_mid_export_leaves_no_artifact(checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("verb", [["chat", "x"], ["bench", "x"], ["eval", "x"]])
 def test_session_choices_reach_the_session(verb: list[str]) -> None:
-    args = cli._parser().parse_args([*verb, "--kv", "int8", "--accuracy-level", "1", "--no-cache"])
+    args = cli.parse([*verb, "--kv", "int8", "--accuracy-level", "1", "--no-cache"])
     options = SessionOptions(**cli._session(args))
     assert (options.kv, options.accuracy_level, options.cache) == ("int8", 1, False)
     words = ["--repack", "off", "--flash-attention", "on", "--mmap", "off", "--prompt-threads", "3"]
-    options = SessionOptions(**cli._session(cli._parser().parse_args([*verb, *words])))
+    options = SessionOptions(**cli._session(cli.parse([*verb, *words])))
     assert (options.repack, options.flash_attention, options.mmap) == (False, True, False)
     assert options.prompt_threads == 3
     # Only a chat guesses ahead unless it is told not to.
     default = SessionOptions(speculate="auto" if verb[0] == "chat" else None)
-    assert SessionOptions(**cli._session(cli._parser().parse_args(verb))) == default
+    assert SessionOptions(**cli._session(cli.parse(verb))) == default
