@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ EXIT_OK, EXIT_INTERRUPTED = 0, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     args = parse(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
     try:
         return int(args.run(args) or EXIT_OK)
     except FoxEdgeError as error:
@@ -196,12 +198,16 @@ def _bench(args: argparse.Namespace) -> None:
 
     result = bench(
         args.artifact,
+        workload=args.workload,
         prompt_tokens=args.prompt_tokens,
         decode_tokens=args.decode_tokens,
+        users=args.users,
+        page_cache=args.page_cache,
         repeats=args.repeats,
         threads=args.threads,
         context=args.context,
         session=_session(args),
+        command=shlex.join(["fox-edge", *args.words]),
     )
     _print(args, result, bench_text)
 

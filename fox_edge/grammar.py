@@ -148,9 +148,33 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         nargs="+",
         help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
     )
-    bench.add_argument("--prompt-tokens", type=_positive, default=234)
-    bench.add_argument("--decode-tokens", type=_positive, default=64)
-    bench.add_argument("--repeats", type=_positive, default=3)
+    bench.add_argument(
+        "--workload",
+        default="custom",
+        metavar="NAME",
+        help="custom (default), paper (the report's: 234 tokens on average, 512 out), short, long (4,000) or "
+        "chat (six turns)",
+    )
+    bench.add_argument("--prompt-tokens", type=_positive, help="custom: of the prompt (default: 234)")
+    bench.add_argument(
+        "--decode-tokens", type=_positive, help="of an answer (default: 64, the paper's workload 512)"
+    )
+    bench.add_argument(
+        "--users",
+        type=_counts,
+        default=[1],
+        metavar="N[,N...]",
+        help="conversations at once on the same weights, a row for each number (default: 1)",
+    )
+    bench.add_argument(
+        "--page-cache",
+        choices=("warm", "cold"),
+        default="warm",
+        help="whether the model's files are in memory before each load (default: warm)",
+    )
+    bench.add_argument(
+        "--repeats", type=_positive, default=5, help="rounds, a fresh process each (default: 5)"
+    )
     _context(bench)
     _speculation(bench, "off")
     _session_options(bench)
@@ -274,6 +298,11 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is not a whole number from 0")
     return value
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers from 1, by commas; each once."""
+    return list(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
 def _positive(text: str) -> int:
