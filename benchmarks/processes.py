@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from fox_edge.errors import FoxEdgeError
 
 WORKER = (sys.executable, "-P", "-m", "benchmarks.worker")
 _ROOT = Path(__file__).resolve().parents[1]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SAID = 4000  # characters of a dead worker's stderr that are looked at
 
 
@@ -30,10 +32,12 @@ def run_worker(
     progress: Callable[[int, int], None] | None = None,
     command: Sequence[str] = WORKER,
     timeout_s: float | None = None,
+    started: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> dict[str, Any]:
     """Do a job in a fresh process and return its result; raises WorkerError.
 
-    The process is killed when this call is interrupted, or after `timeout_s`.
+    The process is killed when this call is interrupted, or after `timeout_s`. `started` is given the
+    process, so that another thread may end it.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
@@ -46,6 +50,8 @@ def run_worker(
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
+        if started is not None:
+            started(process)
         timer = threading.Timer(timeout_s or 0, process.kill)
         if timeout_s is not None:
             timer.start()
@@ -60,6 +66,15 @@ def run_worker(
         if "result" in message:
             return dict(message["result"])
         raise WorkerError(message["error"] if "error" in message else _last_words(process.returncode, stderr))
+
+
+def die_with_parent() -> None:
+    """Let this process, a worker, end with the one that started it, even when that is killed outright."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def _converse(

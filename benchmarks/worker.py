@@ -14,6 +14,7 @@ import os
 import sys
 from typing import Any, TextIO
 
+from benchmarks.processes import die_with_parent
 from fox_edge.errors import FoxEdgeError
 from runtimes.base import load
 
@@ -24,11 +25,13 @@ TASKS = {
     "memory": "benchmarks.memory:run_job",
     "tune": "benchmarks.tune:run_job",
     "speculation": "benchmarks.speculation:run_job",
+    "sweep-export": "benchmarks.sweep_step:run_export",
 }
 
 
 def main() -> None:
     """Do the job on stdin."""
+    die_with_parent()
     # Native libraries print to stdout as they like: from here on, file descriptor 1 is stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
