@@ -1,22 +1,33 @@
 """Accuracy of several subjects on the same questions, each compared with the reference among them.
 
-Each subject answers in a fresh process. Knows grading and pairing; what is asked is tasks.py's.
+Each subject answers in a fresh process. Knows grading and pairing; what is asked is tasks.py's, and for the
+tasks of lm-evaluation-harness lm_eval_tasks.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gsm8k import final_number
+from benchmarks.answer import prompt_digest
+from benchmarks.answers_log import AnswersLog
+from benchmarks.gsm8k import judge
+from benchmarks.lm_eval_tasks import HARNESS_TASKS, HarnessTask, make_harness_task
 from benchmarks.machine import machine
 from benchmarks.processes import WorkerError, run_worker
-from benchmarks.proportions import mcnemar_p, wilson_percent
+from benchmarks.proportions import compare, wilson_percent
 from benchmarks.subject import Subject, open_subject
 from benchmarks.table import Column, render
-from benchmarks.tasks import Task, TaskOptions, make_task
+from benchmarks.tasks import TASKS, Task, TaskOptions, make_task
+from fox_edge.artifact import Artifact, sha256_file
+from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import Progress
+
+Told = Callable[[int, int], None]
 
 
 def evaluate(
@@ -24,92 +35,179 @@ def evaluate(
     *,
     task: str = "gsm8k",
     limit: int = 50,
-    shots: int = 5,
+    seed: int | None = None,
+    shots: int | None = None,
     data: Path | None = None,
     train: Path | None = None,
+    answers: Path | None = None,
     threads: int | None = None,
     session: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Let artifacts (or 'torch:CHECKPOINT') answer, grade them, and return the report.
 
     Pairs are made with the first PyTorch model, else with the first artifact. A subject that gives no answers
-    gets a row with 'error'. `session` are more fields of SessionOptions. Raises FoxEdgeError for a task, file
-    or subject that is not there.
+    gets a row with 'error'. `answers` is a file that keeps every answer, and from which a run goes on that
+    was cut off. `session` are more fields of SessionOptions. Raises FoxEdgeError for a task, file or subject
+    that is not there, or for a file of other answers.
     """
     subjects = [open_subject(spec) for spec in artifacts]
-    asked = make_task(task, TaskOptions(limit, shots, data, train))
-    total = len(subjects) * len(asked.prompts)
+    asked = make_any_task(task, TaskOptions(limit, shots, data, train, seed))
+    settings = {"threads": threads, "session": session or {}}
     rows = []
-    with Progress(f"asking {len(asked.prompts)} questions of each") as progress:
+    with (
+        AnswersLog(answers) if answers is not None else contextlib.nullcontext() as log,
+        Progress(f"asking {limit} questions of each") as progress,
+    ):
         for n, subject in enumerate(subjects):
-            before = n * len(asked.prompts)
-            rows.append(
-                _row(
-                    subject,
-                    asked,
-                    {"threads": threads, "session": session or {}},
-                    lambda done, _, before=before: progress.update(before + done, total),
-                )
-            )
-    _pair(rows)
+
+            def told(done: int, total: int, before: int = n) -> None:
+                progress.update(before * total + done, len(subjects) * total)
+
+            rows.append(_row(subject, asked, settings, log, told))
+    pair(rows)
+    whole = next((row for row in rows if "error" not in row), None)
+    ids = asked.ids if isinstance(asked, Task) else [a["question"] for a in whole["answers"]] if whole else []
     return {
         "task": asked.name,
         "description": asked.description,
-        "n": len(asked.prompts),
+        "n": len(ids),
+        "shots": asked.shots,
+        "seed": seed,
+        "question_ids": ids,
         "machine": machine(),
         "results": rows,
     }
 
 
-def _row(subject: Subject, task: Task, settings: dict[str, Any], progress: Any) -> dict[str, Any]:
+def make_any_task(name: str, options: TaskOptions) -> Task | HarnessTask:
+    """The task of this name; raises FoxEdgeError listing those known."""
+    if name in HARNESS_TASKS:
+        return make_harness_task(name, options)
+    if name not in TASKS:
+        raise FoxEdgeError(f"unknown task '{name}'; known: {', '.join([*TASKS, *HARNESS_TASKS])}")
+    return make_task(name, options)
+
+
+def _row(
+    subject: Subject, asked: Task | HarnessTask, settings: dict[str, Any], log: AnswersLog | None, told: Told
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "artifact": subject.spec,
         "runtime": subject.runtime,
         "format": subject.format,
         "quant": subject.quant,
     }
+    done: dict[str, dict[str, Any]] = {}
+    if log is not None:
+        done = log.begin(subject.spec, identity(subject, asked, settings["session"]))
+    job = {"subject": subject.spec, **settings, "log": str(log.path) if log is not None else None}
+    last = [0, 0]
+
+    def heard(count: int, total: int) -> None:
+        last[:] = count, total
+        told(count, total)
+
+    try:
+        if isinstance(asked, Task):
+            return {**row, **_answered(job, asked, done, heard)}
+        return {**row, **asked.graded(run_worker(asked.job(job, done), heard))}
+    except WorkerError as error:
+        after = f" (after {last[0]} of {last[1]} questions)" if last[0] else ""
+        return {**row, "error": f"{error}{after}"}
+
+
+def _answered(job: dict[str, Any], task: Task, done: dict[str, dict[str, Any]], told: Told) -> dict[str, Any]:
+    """What a subject's answers are worth; those that are done are taken over, the others asked for."""
+    taken = {
+        place: done[id]
+        for place, id in enumerate(task.ids)
+        if id in done and done[id].get("prompt_sha256") == prompt_digest(task.prompts[place])
+    }
     job = {
+        **job,
         "task": "answer",
-        "subject": subject.spec,
-        **settings,
+        "ids": task.ids,
         "prompts": task.prompts,
+        "expected": task.expected,
+        "shared": task.shared,
+        "skip": list(taken),
         "max_tokens": task.max_tokens,
         "stop_texts": task.stop_texts,
     }
-    try:
-        result = run_worker(job, progress)
-    except WorkerError as error:
-        return {**row, "error": str(error)}
-    return {**row, **grade(result["answers"], task.expected), "seconds": result["seconds"]}
-
-
-def grade(answers: Sequence[dict[str, Any]], expected: Sequence[str]) -> dict[str, Any]:
-    """Right or wrong, question by question: the extracted number must be the expected string."""
-    right = [final_number(a["text"]) == want for a, want in zip(answers, expected, strict=True)]
+    result = run_worker(job, told) if len(taken) < len(task.ids) else {"answers": [], "seconds": 0.0}
+    fresh = iter(result["answers"])
+    answers = [taken[place] if place in taken else next(fresh) for place in range(len(task.ids))]
     return {
-        "n": len(right),
-        "correct": sum(right),
-        "accuracy_percent": 100 * sum(right) / len(right),
-        "ci95_percent": list(wilson_percent(sum(right), len(right))),
+        **grade(answers, task.expected, task.ids),
+        "seconds": sum(answer["seconds"] for answer in answers),
+        "taken_over": len(taken),
+    }
+
+
+def identity(subject: Subject, asked: Task | HarnessTask, session: dict[str, Any]) -> dict[str, Any]:
+    """What answers depend on: answers in a file are taken over only where all of it is the same."""
+    return {
+        "digest": subject_digest(subject),
+        "task": asked.name,
+        "shots": asked.shots,
+        "seed": asked.seed,
+        "options": {key: value for key, value in sorted(session.items()) if value is not None},
+        **({} if not isinstance(asked, Task) else {"max_tokens": asked.max_tokens}),
+    }
+
+
+def subject_digest(subject: Subject) -> str:
+    """SHA-256 of what a subject is made of: a manifest's sums, a checkpoint's tensors, or all files."""
+    if subject.format == "torch":
+        return str(subject.source.digest())
+    if isinstance(subject.source, Artifact):
+        sums = subject.source.manifest.files
+    else:
+        sums = {path.name: sha256_file(path) for path in sorted(subject.folder.iterdir()) if path.is_file()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def grade(
+    answers: Sequence[dict[str, Any]], expected: Sequence[str], ids: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Right or wrong, question by question: strictly as the authors do, and by the harness's looser rule."""
+    judged = [judge(a["text"], want) for a, want in zip(answers, expected, strict=True)]
+    names = [str(n) for n in range(len(judged))] if ids is None else ids
+    right = sum(j["right"] for j in judged)
+    flexible = sum(j["flexible_right"] for j in judged)
+    return {
+        "n": len(judged),
+        "correct": right,
+        "accuracy_percent": 100 * right / len(judged),
+        "ci95_percent": list(wilson_percent(right, len(judged))),
+        "strict_correct": right,
+        "flexible_correct": flexible,
+        "flexible_percent": 100 * flexible / len(judged),
         "cut_answers": sum(a["cut"] for a in answers),
         "prompt_tokens": sum(a["prompt_tokens"] for a in answers),
         "reused_prompt_tokens": sum(a["reused_tokens"] for a in answers),
         "answers": [
-            {"text": a["text"], "expected": want, "right": ok}
-            for a, want, ok in zip(answers, expected, right, strict=True)
+            {"question": id, "text": a["text"], "expected": want, **j}
+            for id, a, want, j in zip(names, answers, expected, judged, strict=True)
         ],
     }
 
 
-def _pair(rows: Sequence[dict[str, Any]]) -> None:
-    """Add `paired_with` and `paired_p` to every row but the one that the others are paired with."""
+def pair(rows: Sequence[dict[str, Any]]) -> None:
+    """Add `paired`, `paired_with` and `paired_p` to every row but the one that the others are paired with."""
     whole = [row for row in rows if "error" not in row]
     reference = next((row for row in whole if row["format"] == "torch"), whole[0] if whole else None)
     for row in whole:
-        row["paired_with"] = row["paired_p"] = None
+        row["paired_with"] = row["paired_p"] = row["paired"] = None
         if reference is not None and row is not reference:
-            row["paired_with"] = reference["artifact"]
-            row["paired_p"] = mcnemar_p(*([a["right"] for a in r["answers"]] for r in (reference, row)))
+            pair = compare(_scores(reference), _scores(row)).to_json()
+            row["paired"] = {"with": reference["artifact"], **pair}
+            row["paired_with"], row["paired_p"] = reference["artifact"], pair["p"]
+
+
+def _scores(row: dict[str, Any]) -> list[float]:
+    """One number per question: the score where a task gives one, else 1 for right and 0 for wrong."""
+    return [float(answer["score"] if "score" in answer else answer["right"]) for answer in row["answers"]]
 
 
 COLUMNS = (
@@ -117,26 +215,53 @@ COLUMNS = (
     Column("runtime", "runtime"),
     Column("right", "correct", "{:d}"),
     Column("of", "n", "{:d}"),
-    Column("accuracy", "accuracy_percent", "{:.1f} %"),
-    Column("95 % interval", "interval", "{:s}"),
-    Column("paired p", "paired_p", "{:.2g}"),
+    Column("strict", "accuracy_percent", "{:.1f} %"),
+    Column("95 %", "interval", "{:s}"),
+    Column("flexible", "flexible_percent", "{:.1f} %"),
+    Column("difference", "difference", "{:s}"),
+    Column("p", "paired_p", "{:.2g}"),
+    Column("verdict", "verdict"),
     Column("cut", "cut_answers", "{:d}"),
-    Column("seconds", "seconds", "{:,.0f}"),
+    Column("s", "seconds", "{:,.0f}"),
 )
 
 
 def evaluate_text(result: dict[str, Any]) -> str:
     """The report as a table for a person."""
-    rows = [
-        {**row, "interval": "{:.0f} to {:.0f} %".format(*row["ci95_percent"])}
-        for row in result["results"]
-        if "error" not in row
-    ]
-    lines = [f"{result['n']} questions: {result['description']}"]
+    rows = [_shown(row) for row in result["results"] if "error" not in row]
+    which = "" if result["seed"] is None else f", drawn by seed {result['seed']}"
+    lines = [f"{result['n']} questions{which}: {result['description']}"]
     if rows:
-        lines.append(render(COLUMNS, rows))
+        columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
+        if "flexible_percent" not in rows[0]:
+            columns = [Column("accuracy", c.key, c.format) if c.heading == "strict" else c for c in columns]
+        lines.append(render(columns, rows))
     lines += [f"{row['artifact']}: {row['error']}" for row in result["results"] if "error" in row]
-    paired = next((row["paired_with"] for row in rows if row["paired_with"]), None)
-    if paired:
-        lines.append(f"paired p: exact McNemar test against {paired} on the same questions")
+    pairs = [row for row in rows if row["paired"]]
+    if pairs:
+        method, reference = pairs[0]["paired"]["method"], pairs[0]["paired_with"]
+        lines.append(f"difference, p and verdict: against {reference} on the same questions ({method})")
+    lines += [sentence for row in pairs if (sentence := _unsettled(row))]
     return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    shown = {**row, "interval": "{:.0f} to {:.0f}".format(*row["ci95_percent"])}
+    if row["paired"]:
+        low, high = row["paired"]["interval_percent"]
+        shown["difference"] = f"{row['paired']['difference_percent']:+.1f} ({low:+.1f} to {high:+.1f})"
+        shown["verdict"] = row["paired"]["verdict"]
+    return shown
+
+
+def _unsettled(row: dict[str, Any]) -> str | None:
+    """What it would take to tell two apart that these questions do not."""
+    pair = row["paired"]
+    if pair["verdict"] != "not told apart":
+        return None
+    if pair["questions_to_settle"] is None:
+        return f"{row['artifact']}: as many right as {pair['with']}; more questions may or may not part them"
+    return (
+        f"{row['artifact']}: about {pair['questions_to_settle']:,} more questions would settle a difference "
+        f"of {pair['difference_percent']:+.1f} points (80 % power)"
+    )

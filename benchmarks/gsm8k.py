@@ -24,6 +24,8 @@ MAX_TOKENS = 320
 _MAX_LINE_BYTES = 1 << 20
 # The authors' own expression; an answer without it is invalid, and so is wrong.
 _FINAL = re.compile(r"#### (\-?[0-9\.\,]+)")
+# lm-evaluation-harness's "flexible-extract" (0.4.13): the last thing in the text that looks like a number.
+_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,37 @@ def final_number(text: str) -> str | None:
     return found[1].strip().replace(",", "") if found else None
 
 
+def last_number(text: str) -> str | None:
+    """The last number anywhere in the text, without commas, dollar signs and a final point; None if invalid.
+
+    What lm-evaluation-harness compares under "flexible-extract".
+    """
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "").replace("$", "").removesuffix(".") if found else None
+
+
+def judge(text: str, expected: str) -> dict[str, Any]:
+    """One answer's extracted numbers, and whether they are the expected one.
+
+    `right` is the authors' rule (`extracted`), `flexible_right` the harness's looser one.
+    """
+    strict, flexible = final_number(text), last_number(text)
+    return {
+        "extracted": strict,
+        "right": strict == expected,
+        "flexible": flexible,
+        "flexible_right": flexible == last_number(expected),
+    }
+
+
+def worked(examples: Sequence[Question]) -> str:
+    """What every prompt begins with: 'Question: ...\\nAnswer: ...' of each example, blank lines after."""
+    return "".join(f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in examples)
+
+
 def prompt(examples: Sequence[Question], question: str) -> str:
     """Worked examples, then the question: 'Question: ...\\nAnswer: ...', blank lines between."""
-    worked = "".join(f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in examples)
-    return f"{worked}Question: {question}\nAnswer:"
+    return f"{worked(examples)}Question: {question}\nAnswer:"
 
 
 def read_split(split: str, path: Path | None, option: str, count: int | None = None) -> list[Question]:
@@ -52,7 +81,7 @@ def read_split(split: str, path: Path | None, option: str, count: int | None = N
     `option` is what a user gives the file with, for the error. Raises FoxEdgeError naming file and line,
     or saying that the hub cannot be reached.
     """
-    rows = _read_lines(path) if path is not None else _read_hub(split, option)
+    rows = read_lines(path) if path is not None else _read_hub(split, option)
     questions = [_question(where, fields) for where, fields in islice(rows, count)]
     if not questions and count != 0:
         raise FoxEdgeError(f"{path or REPOSITORY}: holds no questions")
@@ -69,7 +98,7 @@ def _question(where: str, fields: Any) -> Question:
     return Question(fields["question"], fields["answer"])
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, parsed line) of a JSON-lines file; blank lines are skipped."""
     try:
         with path.open("rb") as file:

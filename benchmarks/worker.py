@@ -22,6 +22,7 @@ from runtimes.base import load
 TASKS = {
     "measure": "benchmarks.measure:run_job",
     "answer": "benchmarks.answer:run_job",
+    "lm-eval": "benchmarks.lm_eval_tasks:run_job",
     "memory": "benchmarks.memory:run_job",
     "tune": "benchmarks.tune:run_job",
     "speculation": "benchmarks.speculation:run_job",

@@ -225,9 +225,11 @@ def _eval(args: argparse.Namespace) -> None:
         args.artifact,
         task=args.task,
         limit=args.limit,
+        seed=args.seed,
         shots=args.shots,
         data=Path(args.data) if args.data else None,
         train=Path(args.train) if args.train else None,
+        answers=Path(args.answers) if args.answers else None,
         threads=args.threads,
         session=_session(args),
     )

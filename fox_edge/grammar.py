@@ -189,17 +189,36 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         help="balance (default): time for a question and its answer; memory may quantize the KV cache",
     )
 
-    evaluate = verb("eval", "measure accuracy on GSM8K or on built-in word problems")
+    evaluate = verb(
+        "eval", "measure accuracy: GSM8K, built-in word problems, and five tasks of lm-evaluation-harness"
+    )
     evaluate.add_argument(
         "artifact",
         nargs="+",
         help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
     )
-    evaluate.add_argument("--task", default="gsm8k", help="gsm8k (5-shot) or word-problems (0-shot chat)")
-    evaluate.add_argument("--limit", type=_positive, default=50, help="problems to ask (default: 50)")
-    evaluate.add_argument("--shots", type=int, default=5, help="worked examples before each GSM8K question")
-    evaluate.add_argument("--data", help="GSM8K test.jsonl; without it, the hub is asked")
+    evaluate.add_argument(
+        "--task",
+        default="gsm8k",
+        help="gsm8k (default), word-problems; through lm-evaluation-harness: arc-challenge, hellaswag, "
+        "truthfulqa, mmlu, winogrande, gsm8k-harness",
+    )
+    evaluate.add_argument("--limit", type=_positive, default=50, help="questions to ask (default: 50)")
+    evaluate.add_argument(
+        "--seed",
+        type=_count,
+        help="ask a random subset, the same for the same seed (default: the first ones)",
+    )
+    evaluate.add_argument(
+        "--shots", type=int, help="worked examples before each question (default: the paper's)"
+    )
+    evaluate.add_argument(
+        "--data", help="GSM8K test.jsonl, or a folder of the task's files; without it, the hub is asked"
+    )
     evaluate.add_argument("--train", help="GSM8K train.jsonl, for the worked examples")
+    evaluate.add_argument(
+        "--answers", metavar="FILE", help="keep every answer in this .jsonl, and go on where it was cut off"
+    )
     _session_options(evaluate)
     _threads(evaluate)
 

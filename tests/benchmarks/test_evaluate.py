@@ -212,7 +212,7 @@ class Scripted:
     def prefill(self, tokens):
         self.cache += tokens
         self.ran += len(tokens)
-        said = self.script[chr(self.cache[-1])] + "\0"
+        said = self.script.get(chr(self.cache[-1]), "") + "\0"
         self.said = iter(said)
         return self._next()
 
@@ -243,11 +243,20 @@ def test_shared_examples_are_run_once():
     session = Scripted({"?": "ok"})
     shared = "E" * 60
     prompts = [f"{shared}{n}?" for n in range(5)]
-    answers = answer_all(session, Speller(), prompts, 10)
+    answers = answer_all(session, Speller(), prompts, 10, shared=shared)
     assert [a.text for a in answers] == ["ok"] * 5
-    assert session.ran == (1 + 60 + 2) + 4 * 2  # <bos>, examples and question; then only each new question
-    assert [a.reused_tokens for a in answers] == [0, 61, 61, 61, 61]
+    # <bos> and the examples but for their last token, which a question may change; then what is left of each.
+    assert session.ran == 60 + 5 * 3
+    assert [a.reused_tokens for a in answers] == [0, 60, 60, 60, 60]
     assert [a.prompt_tokens for a in answers] == [63] * 5
+
+
+def test_a_prompt_that_begins_otherwise_is_run_whole_and_costs_the_shared_part_once_more():
+    session = Scripted({"?": "ok"})
+    answers = answer_all(session, Speller(), ["EEEE1?", "XEEE2?", "EEEE3?"], 10, shared="EEEE")
+    assert [a.reused_tokens for a in answers] == [0, 0, 0]
+    assert [a.text for a in answers] == ["ok"] * 3
+    assert session.ran == 3 * 7
 
 
 def test_a_prompt_too_long_is_told_before_any_is_run():
@@ -257,18 +266,20 @@ def test_a_prompt_too_long_is_told_before_any_is_run():
     assert session.ran == 0
 
 
-def test_reusing_the_prefix_changes_no_answer_of_a_real_model(checkpoint):
-    tokenizer = checkpoint.tokenizer()
-    prompts = [f"Question: a long shared beginning, then {n}\nAnswer:" for n in (5, 77, 5)]
-    session = TorchSession(checkpoint, SessionOptions(context=256))
-    answers = answer_all(session, tokenizer, prompts, 12)
+def test_reusing_the_prefix_changes_no_answer_of_a_real_model(nano):
+    tokenizer = nano.tokenizer()
+    shared = "Question: A fox has 3 dens with 2 cubs each. How many cubs?\nAnswer: 3*2=6 cubs.\n#### 6\n\n"
+    prompts = [f"{shared}Question: Tom has {n} pens and buys 2. How many?\nAnswer:" for n in (5, 7, 5)]
+    session = TorchSession(nano, SessionOptions(context=256))
+    answers = answer_all(session, tokenizer, prompts, 12, shared=shared)
     for prompt, answer in zip(prompts, answers, strict=True):
-        fresh = TorchSession(checkpoint, SessionOptions(context=256))
+        fresh = TorchSession(nano, SessionOptions(context=256))
         tokens = generate(
             fresh, tokenizer.encode(prompt, bos=True), stop_ids=tokenizer.stop_ids, max_tokens=12
         )
-        assert answer.text == tokenizer.decode(list(tokens))
-    assert answers[1].reused_tokens > 5
+        assert tokenizer.decode(list(tokens)).startswith(answer.text) and answer.text
+    assert answers[0].text == answers[2].text
+    assert [a.reused_tokens for a in answers] == [0] + [len(tokenizer.encode(shared, bos=True)) - 1] * 2
 
 
 # --- how sure one can be --------------------------------------------------------------------------
