@@ -268,7 +268,7 @@ def check_logits(
     reference, choices = ReferenceScorer(checkpoint), choices or Choices()
     try:
         tokens = _logit_tokens(checkpoint.tokenizer(), text, session.context)
-        fidelity = compare(reference.logits(tokens), choices.of(session, tokens))
+        fidelity = compare(reference.passing_logits(tokens), choices.of(session, tokens))
     except FoxEdgeError as error:
         return [Check("logits", False, str(error))]
     report |= fidelity.to_json()
