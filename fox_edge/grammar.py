@@ -321,7 +321,10 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     """Whole numbers from 1, by commas; each once."""
-    return list(dict.fromkeys(_positive(part) for part in text.split(",")))
+    try:
+        return list(dict.fromkeys(_positive(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not whole numbers, like 1,4") from None
 
 
 def _positive(text: str) -> int:
