@@ -236,6 +236,14 @@ def _eval(args: argparse.Namespace) -> None:
     _print(args, result, evaluate_text)
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    from benchmarks.sweep import sweep
+    from benchmarks.sweep_rows import sweep_text
+
+    out = Path(args.out) if args.out else None
+    _print(args, sweep(Path(args.sweep), out=out, ray=args.ray, retry=args.retry), sweep_text)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from fox_edge.doctor import doctor_text, examine
 
@@ -341,6 +349,7 @@ VERBS: dict[str, Verb] = {
     "bench": _bench,
     "tune": _tune,
     "eval": _eval,
+    "sweep": _sweep,
     "doctor": _doctor,
     "new": _new,
     "demo": _demo,
