@@ -222,6 +222,14 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     _session_options(evaluate)
     _threads(evaluate)
 
+    sweep = verb("sweep", "export, measure and question many artifacts; goes on where it was cut off")
+    sweep.add_argument("sweep", metavar="SWEEP.toml", help="what to do (docs/sweep.md)")
+    sweep.add_argument("--out", metavar="DIR", help="folder for everything (default: out/NAME-OF-THE-FILE)")
+    sweep.add_argument(
+        "--ray", metavar="ADDRESS", help="a Ray cluster: HOST:PORT, auto (the one here), local (a new one)"
+    )
+    sweep.add_argument("--retry", action="store_true", help="try again what failed before")
+
     verb("doctor", "tell which runtimes work here, and how to add the others")
 
     new = verb("new", "write a random checkpoint of a real shape, to rehearse with")
