@@ -19,8 +19,9 @@ from benchmarks.bench import bench
 from benchmarks.checks import LOGIT_TOKENS
 from benchmarks.evaluate import evaluate
 from benchmarks.fidelity import compare, reference_text
+from benchmarks.findings import findings
 from benchmarks.reference import ReferenceScorer
-from benchmarks.report import findings, make_report, report_text, write_report
+from benchmarks.report import make_report, need_folder, report_text, write_report
 from benchmarks.subject import TORCH_PREFIX, open_subject
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
@@ -42,12 +43,13 @@ def demo(
     problems: int = 50,
     show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run everything; artifacts, report.json and report.html go into `out`. Returns the report.
+    """Run everything; artifacts, report.json, .md and .html go into `out`. Returns the report.
 
     Raises FoxEdgeError when an export fails; what was there under the artifacts' names is replaced.
     """
     start = time.monotonic()
     source = Checkpoint.open(checkpoint)
+    need_folder(out)
     name = source.path.name if Path(checkpoint).exists() else checkpoint.replace("/", "-")
     reference = TORCH_PREFIX + checkpoint
     specs = [str(out / f"{name}-{format}-{quant}") for format, quant in EXPORTS]
@@ -73,12 +75,12 @@ def demo(
         checkpoint=checkpoint,
         names=names | {reference: "PyTorch BF16"},
         fidelity=fidelity,
-        evaluation=graded,
+        evaluations=[graded],
         answers=answers,
         question=QUESTION,
         commands=commands,
     )
-    data, page = write_report(report, out)
+    data, _, page = write_report(report, out)
     show(report_text(report))
     show("")
     for sentence in findings(report["rows"]):

@@ -1,284 +1,232 @@
-"""The report: one record of everything found, as report.json, a table for the terminal, and one HTML page.
+"""The report: one record of everything found, as report.json, report.md and one HTML page, and read again.
 
-The record (`schema` 1):
+The record (`schema` 2):
 
-    schema, created (ISO 8601, UTC), checkpoint, machine {cpu cores memory_bytes os python versions},
-    settings {prompt_tokens decode_tokens repeats threads context}, bandwidth [{buffer_bytes bytes_per_s
-    method}], baseline (baseline.py's row), commands [str], question (str or null),
-    rows [{name artifact format runtime quant bytes bits_per_weight load_s time_to_first_token_s
-           prompt_tokens_per_s decode_tokens_per_s peak_rss_bytes anonymous_rss_bytes file_rss_bytes
-           bytes_per_token roofline_percent spread mean_kl_nats p99_kl_nats top1_agreement_percent
-           accuracy_percent ci95_percent correct n paired_p answer error}]
+    schema, created (ISO 8601, UTC), command, checkpoint, machine, conditions, settings, bandwidth, compute,
+    baseline (all as `bench` gives them), profiles [{name threads memory_bytes context
+    bandwidth_bytes_per_s source}], text (what fidelity was measured on), question (str or null),
+    commands [str], advice [{profile artifact name sentence}], tasks [{task description n}],
+    rows [bench's row + name + fidelity's figures + memory [what was reckoned per profile]
+          + tasks [one per task: its grades, and which answers were right]
+          + the first task's grades again, as correct n accuracy_percent ci95_percent paired_p]
 
-Any figure of a row may be missing or null: it shows as a dash. Knows how to join and to show; measures
-nothing. Everything that goes into the page is escaped, and the page asks nothing from outside.
+Any figure of a row may be missing or null: it shows as a dash. Knows how to join, write and read; measures
+nothing, and leaves what is said of the figures to advice.py and how it looks to page.py and report_md.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import CSS
-from benchmarks.plots import memory_plot, quality_plot, share_plot
-from benchmarks.table import Column, render
+from benchmarks import records
+from benchmarks.advice import advise
+from benchmarks.figures import TERMINAL_COLUMNS, baseline_note, short_names
+from benchmarks.page import report_html
+from benchmarks.report_md import report_markdown
+from benchmarks.table import render
 from fox_edge.errors import FoxEdgeError
 
-SCHEMA = 1
-_FIDELITY = ("mean_kl_nats", "p99_kl_nats", "top1_agreement_percent")
-_ACCURACY = ("accuracy_percent", "ci95_percent", "correct", "n", "paired_p")
-
-COLUMNS = (
-    Column("model", "name"),
-    Column("MB", "bytes", "{:,.1f}", 1e-6),
-    Column("bits/w", "bits_per_weight", "{:.2f}"),
-    Column("load s", "load_s", "{:.2f}"),
-    Column("first ms", "time_to_first_token_s", "{:,.0f}", 1e3),
-    Column("prompt/s", "prompt_tokens_per_s", "{:,.0f}"),
-    Column("decode/s", "decode_tokens_per_s", "{:,.0f}"),
-    Column("peak MB", "peak_rss_bytes", "{:,.0f}", 1e-6),
-    Column("mean KL", "mean_kl_nats", "{:.2g}"),
-    Column("top-1 %", "top1_agreement_percent", "{:.1f}"),
-    Column("right %", "accuracy_percent", "{:.0f}"),
+SCHEMA = records.SCHEMA
+FILES = ("report.json", "report.md", "report.html")
+_FIDELITY = (
+    *("positions", "mean_kl_nats", "mean_kl_se_nats", "median_kl_nats", "p99_kl_nats", "max_kl_nats"),
+    *("top1_agreement_percent", "top1_se_percent", "top5_agreement_percent", "reference_perplexity"),
+    *("perplexity", "perplexity_ratio", "perplexity_ratio_se", "curve", "fidelity_from"),
 )
-_HEADINGS = {
-    "MB": "size, MB",
-    "bits/w": "bits per weight",
-    "load s": "load, s",
-    "first ms": "first token, ms",
-    "prompt/s": "prompt, tok/s",
-    "decode/s": "decode, tok/s",
-    "peak MB": "peak memory, MB",
-    "mean KL": "mean KL, nats",
-    "top-1 %": "top-1 agreement, %",
-    "right %": "answers right, %",
-}
+_ANSWER = ("question", "expected", "right", "score")
+_ACCURACY = ("accuracy_percent", "ci95_percent", "correct", "n", "paired_p", "paired", "flexible_percent")
 
 
 def make_report(
     bench: Mapping[str, Any],
     *,
-    checkpoint: str,
+    checkpoint: str | None,
     names: Mapping[str, str] | None = None,
-    fidelity: Mapping[str, Mapping[str, Any]] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
+    fidelity: Mapping[str, Any] | None = None,
+    evaluations: Iterable[Mapping[str, Any]] = (),
+    profiles: Iterable[Mapping[str, Any]] = (),
+    memory: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     answers: Mapping[str, str] | None = None,
     question: str | None = None,
     commands: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Join what was found of each artifact, by the name that `bench` has it under.
 
-    `names` are for showing; `fidelity` holds `Fidelity.to_json`s or verification reports, `evaluation` is
-    evaluate's result, `answers` what each artifact said to `question`.
+    `names` are for showing (default: the path's last parts); `fidelity` is fidelity's result or a mapping of
+    artifacts to verification reports; `evaluations` are `evaluate`'s results; `memory` is what was reckoned
+    for each profile; `answers` is what each artifact said to `question`.
     """
-    accuracy = {r["artifact"]: r for r in (evaluation or {}).get("results", ())}
+    evaluations = list(evaluations)
+    found = _by_artifact(fidelity or {})
+    shown = short_names([r["artifact"] for r in bench["results"]]) | dict(names or {})
     rows = []
     for result in bench["results"]:
         key = result["artifact"]
-        found, graded = (fidelity or {}).get(key, {}), accuracy.get(key, {})
-        row = {"name": (names or {}).get(key, key), **result}
-        row |= {k: found[k] for k in _FIDELITY if k in found}
-        row |= {k: graded[k] for k in _ACCURACY if k in graded}
+        users = f", {result['users']} users" if (result.get("users") or 1) > 1 else ""
+        row = {"name": shown[key] + users, **result}
+        row |= {k: v for k, v in found.get(key, {}).items() if k in _FIDELITY}
+        row["memory"] = list((memory or {}).get(key, ()))
+        row["tasks"] = [grades for e in evaluations if (grades := _grades(e, key))]
+        if row["tasks"]:
+            row |= {k: row["tasks"][0][k] for k in _ACCURACY if k in row["tasks"][0]}
         rows.append({**row, "answer": (answers or {}).get(key)})
-    return {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": bench.get("command"),
         "checkpoint": checkpoint,
-        **{key: bench[key] for key in ("machine", "settings", "bandwidth", "baseline")},
-        "task": (evaluation or {}).get("task"),
+        "machine": bench["machine"],
+        "conditions": bench.get("conditions"),
+        "settings": bench["settings"],
+        "bandwidth": bench["bandwidth"],
+        "compute": bench.get("compute") or [],
+        "baseline": bench["baseline"],
+        "profiles": list(profiles),
+        "text": (fidelity or {}).get("text") if "results" in (fidelity or {}) else None,
+        "tasks": [{k: e.get(k) for k in ("task", "description", "n")} for e in evaluations],
         "rows": rows,
         "question": question,
         "commands": list(commands),
     }
+    report["advice"] = advise(report)
+    whole: dict[str, Any] = records.clean(report)
+    return whole
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write report.json and report.html into a folder; raises FoxEdgeError when it cannot be written."""
-    data, page = folder / "report.json", folder / "report.html"
+def _by_artifact(fidelity: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    if "results" in fidelity:
+        return {row["artifact"]: row for row in fidelity["results"]}
+    return fidelity
+
+
+def _grades(evaluation: Mapping[str, Any], artifact: str) -> dict[str, Any] | None:
+    """One artifact's grades in one task; of its answers only whether they were right."""
+    row = next((r for r in evaluation["results"] if r["artifact"] == artifact), None)
+    if row is None:
+        return None
+    grades = {"task": evaluation["task"], **{k: row[k] for k in _ACCURACY if k in row}}
+    if row.get("error"):
+        return {**grades, "error": row["error"]}
+    answers = [{k: a[k] for k in _ANSWER if k in a} for a in row.get("answers") or ()]
+    return {**grades, "answers": answers} if answers else grades
+
+
+# --- writing and reading -----------------------------------------------------------------------------------
+
+
+def need_folder(folder: Path) -> None:
+    """Raise FoxEdgeError when a report could not be written there: before minutes are spent on one."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FoxEdgeError(f"{folder}: the report cannot be written ({there} is not a folder)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FoxEdgeError(f"{folder}: the report cannot be written ({there} may not be changed)")
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
+    """Write report.json, report.md and report.html into a folder: all of them, or none.
+
+    They are written whole under other names first, so that a full disk leaves what was there. Raises
+    FoxEdgeError when they cannot be written.
+    """
+    texts = (
+        json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        report_markdown(report),
+        report_html(report),
+    )
+    targets = tuple(folder / name for name in FILES)
+    staged: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        page.write_text(report_html(report), encoding="utf-8")
+        blocked = next((t for t in targets if t.is_dir()), None)
+        if blocked:
+            raise FoxEdgeError(f"{blocked}: the report cannot be written (a folder has its name)")
+        for target, text in zip(targets, texts, strict=True):
+            staged.append(_staged(target, text))
+        for temporary, target in zip(staged, targets, strict=True):
+            temporary.replace(target)
     except OSError as error:
         raise FoxEdgeError(f"{folder}: the report cannot be written ({error.strerror})") from None
-    return data, page
+    finally:
+        for temporary in staged:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return targets
+
+
+def _staged(target: Path, text: str) -> Path:
+    """The text in a file of its own beside its target, on the disk."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+    ) as file:
+        path = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            path.chmod(0o666 & ~_umask())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report.json, checked, in this release's shape; raises FoxEdgeError with one sentence.
+
+    For a file that is missing, too large, no JSON, no report, of a newer schema, or with a figure that is
+    no number. A report of schema 1 gets what it lacks.
+    """
+    record = records.read_json(path)
+    if "rows" not in record:
+        raise FoxEdgeError(f"{path}: no report of fox-edge (it has no 'rows')")
+    records.check(record, records.REPORT, path)
+    upgraded = {
+        **dict.fromkeys(("command", "checkpoint", "conditions", "text", "question")),
+        **{key: [] for key in ("bandwidth", "compute", "profiles", "commands", "advice")},
+        **{key: value for key, value in record.items() if value is not None},
+        "schema": SCHEMA,
+    }
+    task = record.get("task")
+    if not isinstance(upgraded.get("tasks"), list):
+        upgraded["tasks"] = [{"task": task, "description": None, "n": None}] if isinstance(task, str) else []
+    upgraded["rows"] = [_upgraded(row, task) for row in record["rows"]]
+    return upgraded
+
+
+def _upgraded(row: Mapping[str, Any], task: Any) -> dict[str, Any]:
+    """A row with its name, and its one task's grades where schema 2 has them."""
+    row = {**row, "name": row.get("name") or row["artifact"]}
+    if "tasks" not in row and row.get("accuracy_percent") is not None:
+        row["tasks"] = [{"task": str(task), **{k: row[k] for k in _ACCURACY if k in row}}]
+    return row
+
+
+# --- the terminal ------------------------------------------------------------------------------------------
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """The table for a terminal, at most 120 columns wide, the published row last and marked."""
-    lines = [render(COLUMNS, [*report["rows"], {**report["baseline"], "name": "not ours: H100, BF16"}])]
+    """The table for a terminal, at most 120 columns wide, the published row last and marked; then advice."""
+    published = {**report["baseline"], "name": "baseline"}
+    if report["baseline"].get("ours") is False:
+        published["name"] = "not ours: H100, BF16"
+    lines = [render(TERMINAL_COLUMNS, [*report["rows"], published])]
     lines += [f"{row['name']}: {row['error']}" for row in report["rows"] if row.get("error")]
-    return "\n".join([*lines, _baseline_note(report["baseline"])])
-
-
-def _baseline_note(row: Mapping[str, Any]) -> str:
-    memory = f"{row['peak_rss_bytes'] / 1e6:,.0f} MB of {row['memory_is']}"
-    return (
-        f"not ours: {row['model']} on {row['hardware']} with {row['runtime']}, over "
-        f"{row['decode_tokens_per_s']} tok/s per user in {memory}; {row['source']}"
+    lines.append(baseline_note(report["baseline"]))
+    advice = report.get("advice") or ()
+    return "\n".join(
+        [*lines, *([""] if advice else []), *(f"{a['profile']}: {a['sentence']}" for a in advice)]
     )
-
-
-def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the figures say, in a few sentences, each artifact beside the PyTorch reference."""
-    reference = next((r for r in rows if r.get("format") == "torch" and not r.get("error")), None)
-    exports = [r for r in rows if r.get("format") != "torch" and not r.get("error")]
-    if reference is None or not exports:
-        return []
-    smallest = min(exports, key=lambda r: r["bytes"])
-    fastest = max(exports, key=lambda r: r.get("decode_tokens_per_s") or 0)
-    said = [
-        f"Smallest: {smallest['name']}, {100 * smallest['bytes'] / reference['bytes']:.0f} % "
-        "of the BF16 checkpoint's bytes."
-    ]
-    if fastest.get("decode_tokens_per_s") and reference.get("decode_tokens_per_s"):
-        ratio = fastest["decode_tokens_per_s"] / reference["decode_tokens_per_s"]
-        said.append(f"Fastest at decoding: {fastest['name']}, {ratio:.1f} times the BF16 PyTorch model.")
-    closest = [r for r in exports if r.get("mean_kl_nats") is not None]
-    if closest:
-        best = min(closest, key=lambda r: r["mean_kl_nats"])
-        said.append(
-            f"Closest to the reference: {best['name']}, mean KL {best['mean_kl_nats']:.2g} nats, the same "
-            f"first choice at {best['top1_agreement_percent']:.1f} % of the positions."
-        )
-    return said
-
-
-# --- the page ----------------------------------------------------------------------------------------------
-
-
-def report_html(report: Mapping[str, Any]) -> str:
-    """The whole page, self-contained."""
-    rows, published = report["rows"], report["baseline"]
-    note = _baseline_note(published)
-    body = [
-        f"<header><p class='kicker'>fox-edge</p><h1>{_e(report['checkpoint'])}, exported and measured</h1>",
-        f"<p class='sub'>{_e(report['machine']['cpu'])}, {report['machine']['cores']} cores · "
-        f"{_e(report['created'].replace('T', ' ').replace('+00:00', ' UTC'))}</p></header>",
-        "".join(f"<p class='finding'>{_e(line)}</p>" for line in findings(rows)),
-        _table(rows, published),
-        f"<p class='note'>{_e(note[0].upper() + note[1:])}. It is the published row of another machine "
-        "and the full-sized model: context for the others, not a race with them.</p>",
-        _plots(rows, published),
-        _answers(report),
-        _conditions(report),
-    ]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<meta http-equiv='Content-Security-Policy' "
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<link rel='icon' href='data:,'><title>fox-edge: {_e(report['checkpoint'])}</title>"
-        f"<style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
-
-
-def _table(rows: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
-    head = "".join(f"<th scope='col'>{_e(_HEADINGS.get(c.heading, c.heading))}</th>" for c in COLUMNS)
-    lines = [_table_row(row) for row in rows]
-    lines.append(_table_row({**published, "bits_per_weight": 16}))
-    return (
-        f"<div class='scroll' tabindex='0'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _table_row(row: Mapping[str, Any]) -> str:
-    name = _e(row["name"]) + ("<span class='badge'>not ours</span>" if row.get("ours") is False else "")
-    if row.get("error"):
-        return (
-            f"<tr class='failed'><th scope='row'>{name}</th>"
-            f"<td colspan='{len(COLUMNS) - 1}'>{_e(row['error'])}</td></tr>"
-        )
-    cells = "".join(f"<td>{_cell(column, row)}</td>" for column in COLUMNS[1:])
-    kind = "published" if row.get("ours") is False else ""
-    return f"<tr class='{kind}'><th scope='row'>{name}</th>{cells}</tr>"
-
-
-def _cell(column: Column, row: Mapping[str, Any]) -> str:
-    """A figure, with what a reader may want to know of it in its tooltip."""
-    text = column.cell(row)
-    if column.key == "decode_tokens_per_s" and row.get("decode_is_at_least"):
-        text = f"over {text}"
-    spread = (row.get("spread") or {}).get(column.key)
-    title = row["memory_is"] if column.key == "peak_rss_bytes" and row.get("memory_is") else ""
-    if spread:
-        low, high = (column.cell({column.key: value}) for value in spread)
-        title = f"{low} to {high} over the runs"
-    if column.key == "accuracy_percent" and row.get("n"):
-        title = f"{row['correct']} of {row['n']}"
-        if row.get("ci95_percent"):
-            title += "; 95 % interval {:.0f} to {:.0f} %".format(*row["ci95_percent"])
-    return f"<span title='{_e(title)}'>{_e(text)}</span>" if title else _e(text)
-
-
-def _plots(rows: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
-    figures = (
-        (
-            "Quality for size",
-            quality_plot(rows),
-            "What a byte buys. Lower is closer to the float32 reference, further left is smaller.",
-        ),
-        (
-            "Speed against the ceiling",
-            share_plot([*rows, published]),
-            "Decode speed over what reading all weights once per token allows at this machine's measured "
-            "bandwidth (a cache's, where the model fits one). Small models are held up by the work around "
-            "the arithmetic. Hatched: the published row against the H100's 3.35 TB/s, one of several users.",
-        ),
-        (
-            "Memory while running",
-            memory_plot(rows),
-            "Resident memory after decoding: solid is the process's own, light are pages of files, which "
-            "the system may take back. Libraries are counted in.",
-        ),
-    )
-    shown = [
-        f"<figure><h3>{_e(title)}</h3>{svg}<figcaption>{_e(text)}</figcaption></figure>"
-        for title, svg, text in figures
-        if svg
-    ]
-    return f"<section class='plots'>{''.join(shown)}</section>" if shown else ""
-
-
-def _answers(report: Mapping[str, Any]) -> str:
-    answers = [(row["name"], row["answer"]) for row in report["rows"] if row.get("answer")]
-    if not answers or not report.get("question"):
-        return ""
-    said = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(text)}</dd></div>" for name, text in answers)
-    return (
-        f"<section><h2>The same question to each</h2><blockquote>{_e(report['question'])}</blockquote>"
-        f"<dl class='answers'>{said}</dl></section>"
-    )
-
-
-def _conditions(report: Mapping[str, Any]) -> str:
-    """Machine, versions, settings and commands: where the figures come from."""
-    described, settings = report["machine"], report["settings"]
-    versions = ", ".join(f"{k} {v}" for k, v in described["versions"].items())
-    bandwidth = "; ".join(
-        f"{b['bytes_per_s'] / 1e9:,.0f} GB/s from {b['buffer_bytes'] >> 20:,} MiB ({b['method']})"
-        for b in report["bandwidth"]
-    )
-    facts = {
-        "Machine": f"{described['cpu']}, {described['cores']} cores, "
-        f"{described['memory_bytes'] / 1e9:,.0f} GB, {described['os']}",
-        "Read bandwidth": bandwidth,
-        "Runs": f"medians of {settings['repeats']} fresh processes each, prompts of "
-        f"{settings['prompt_tokens']} tokens, {settings['decode_tokens']} decoded",
-        "Versions": f"Python {described['python']}, {versions}",
-    }
-    if report.get("task"):
-        facts["Answers right"] = f"{report['task']}, greedy"
-    lines = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in facts.items())
-    commands = _e("\n".join(report.get("commands") or ()))
-    shown = f"<h3>Commands</h3><pre>{commands}</pre>" if commands else ""
-    return f"<section><h2>How it was measured</h2><dl class='facts'>{lines}</dl>{shown}</section>"
-
-
-def _e(value: object) -> str:
-    return escape(str(value), quote=True)
