@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.caps import Guard
 from fox_edge.errors import FoxEdgeError
 
 WORKER = (sys.executable, "-P", "-m", "benchmarks.worker")
@@ -33,11 +34,12 @@ def run_worker(
     command: Sequence[str] = WORKER,
     timeout_s: float | None = None,
     started: Callable[[subprocess.Popen[str]], None] | None = None,
+    cap_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Do a job in a fresh process and return its result; raises WorkerError.
 
-    The process is killed when this call is interrupted, or after `timeout_s`. `started` is given the
-    process, so that another thread may end it.
+    The process is killed when this call is interrupted, after `timeout_s`, or when it holds more memory than
+    `cap_bytes`. `started` is given the process, so that another thread may end it.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
@@ -55,7 +57,8 @@ def run_worker(
         timer = threading.Timer(timeout_s or 0, process.kill)
         if timeout_s is not None:
             timer.start()
-        with process:
+        guard = None if cap_bytes is None else Guard(process, cap_bytes)
+        with process, guard or contextlib.nullcontext():
             try:
                 message = _converse(process, job, progress)
             except BaseException:
@@ -63,9 +66,14 @@ def run_worker(
                 raise
             finally:
                 timer.cancel()
+        if guard is not None and guard.exceeded:
+            raise WorkerError(guard.sentence())
         if "result" in message:
             return dict(message["result"])
-        raise WorkerError(message["error"] if "error" in message else _last_words(process.returncode, stderr))
+        if "error" in message:
+            raise WorkerError(message["error"])
+        remark = "" if guard is None else f"; {guard.remark()}"
+        raise WorkerError(_last_words(process.returncode, stderr) + remark)
 
 
 def die_with_parent() -> None:
