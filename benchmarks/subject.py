@@ -6,6 +6,7 @@ where weights are read at every token; not how anything is timed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,15 @@ from fox_edge.errors import FoxEdgeError
 from fox_edge.quant import EMBEDDING, ONNX
 from runtimes.base import (
     FOREIGN_ONNX,
-    RUNTIMES,
     TORCH_PREFIX,
     TORCH_RUNTIME,
+    Runtime,
     Session,
     SessionOptions,
     is_foreign,
     load,
-    runtime_name,
+    runtime_of_format,
+    split_prefix,
 )
 from runtimes.kv_types import KV_TYPES, TORCH, kv_bytes_per_position
 from runtimes.lookup import speculating
@@ -39,10 +41,11 @@ class Subject:
     """One thing to measure. `bytes`: on disk, all files; `weight_bytes`: what its weights take in memory.
 
     `unread_bytes` of the weights are not read at every token: all rows but one of an embedding that is no
-    head. `parameters` is None where no configuration tells.
+    head. `config`, and with it `parameters`, is None where no configuration tells.
     """
 
     spec: str  # as the user named it
+    target: str  # the same without the word that chooses a runtime
     runtime: str
     format: str
     quant: str
@@ -51,10 +54,15 @@ class Subject:
     unread_bytes: int
     kv_bytes_per_position: int
     context: int  # the most positions that it has
-    parameters: int | None
+    config: FoxConfig | None
     folder: Path  # where the tokenizer is
     session_class: str  # "module:class", made from (source, SessionOptions)
     source: Any = field(repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int | None:
+        """Weights of the model; a tied matrix counts once."""
+        return None if self.config is None else self.config.num_parameters()
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -92,25 +100,31 @@ def open_subject(spec: str | Path, kv: str | None = None) -> Subject:
     Raises FoxEdgeError, CheckpointError or ArtifactError for something that is not there.
     """
     spec = str(spec)
-    if spec.startswith(TORCH_PREFIX):
-        return _checkpoint(spec)
-    path = Path(spec)
-    if not path.exists():
+    runtime, target = split_prefix(spec)
+    path = Path(target)
+    if runtime is None and not path.exists():
         raise FoxEdgeError(
             f"{spec}: no such artifact (a checkpoint's BF16 model is named {TORCH_PREFIX}CHECKPOINT)"
         )
-    return _foreign(spec, path) if is_foreign(path) else _artifact(spec, path, kv)
+    if runtime is None and is_foreign(path):
+        runtime = FOREIGN_ONNX
+    read = _READERS["artifact" if runtime is None else runtime.opens]
+    return read(spec, target, runtime, kv)
 
 
-def _artifact(spec: str, path: Path, kv: str | None) -> Subject:
+def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
+    """A folder with a manifest, in the runtime asked for, else in that of its format."""
+    path = Path(target)
     artifact = Artifact.open(path)
     manifest, config = artifact.manifest, FoxConfig.read(path / "config.json")
+    runtime = runtime or runtime_of_format(manifest.format)
     if kv not in KV_TYPES[manifest.format]:
         kv = None  # its session will refuse it
     embedding = sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING)
     return Subject(
         spec=spec,
-        runtime=runtime_name(manifest.format),
+        target=target,
+        runtime=runtime.name,
         format=manifest.format,
         quant=manifest.quant,
         bytes=artifact.total_bytes(),
@@ -118,21 +132,23 @@ def _artifact(spec: str, path: Path, kv: str | None) -> Subject:
         unread_bytes=_unread(config, embedding),
         kv_bytes_per_position=kv_bytes_per_position(config, manifest.format, kv),
         context=config.max_positions,
-        parameters=config.num_parameters(),
+        config=config,
         folder=path,
-        session_class=RUNTIMES[manifest.format][1],
+        session_class=runtime.session,
         source=artifact,
     )
 
 
-def _foreign(spec: str, path: Path) -> Subject:
+def _foreign(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
+    """Another tool's ONNX model; its cache stores what its graph says."""
     from runtimes.onnx_foreign import ForeignOnnx
 
-    foreign = ForeignOnnx.open(path)
-    runtime, session_class = FOREIGN_ONNX
+    foreign = ForeignOnnx.open(Path(target))
+    runtime = runtime or FOREIGN_ONNX
     return Subject(
         spec=spec,
-        runtime=runtime,
+        target=target,
+        runtime=runtime.name,
         format=ONNX,
         quant=foreign.quant,
         bytes=foreign.total_bytes(),
@@ -140,35 +156,45 @@ def _foreign(spec: str, path: Path) -> Subject:
         unread_bytes=foreign.unread_bytes,
         kv_bytes_per_position=foreign.interface.kv_bytes_per_position,
         context=foreign.context,
-        parameters=foreign.parameters,
+        config=foreign.config,
         folder=foreign.folder,
-        session_class=session_class,
+        session_class=runtime.session,
         source=foreign,
     )
 
 
-def _checkpoint(spec: str) -> Subject:
+def _checkpoint(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
+    """A checkpoint in bfloat16, and its cache too."""
     from fox_edge.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(spec.removeprefix(TORCH_PREFIX))
+    runtime, checkpoint = runtime or TORCH_RUNTIME, Checkpoint.open(target)
     config = checkpoint.config
     stored = sum(checkpoint.tensor(name).nbytes for name in checkpoint.shapes())
     beside = [checkpoint.path / "config.json", *checkpoint.tokenizer_files()]
     return Subject(
         spec=spec,
-        runtime=TORCH_RUNTIME[0],
-        format="torch",
+        target=target,
+        runtime=runtime.name,
+        format=TORCH,
         quant="bf16",
         bytes=stored + sum(path.stat().st_size for path in beside),
         weight_bytes=_BF16_BYTES * config.num_parameters(),
         unread_bytes=_unread(config, _BF16_BYTES * config.vocab_size * config.hidden_size),
         kv_bytes_per_position=kv_bytes_per_position(config, TORCH),
         context=config.max_positions,
-        parameters=config.num_parameters(),
+        config=config,
         folder=checkpoint.path,
-        session_class=TORCH_RUNTIME[1],
+        session_class=runtime.session,
         source=checkpoint,
     )
+
+
+# What a runtime opens -> how it is described: (as the user named it, without the prefix, runtime, KV type).
+_READERS: dict[str, Callable[[str, str, Runtime | None, str | None], Subject]] = {
+    "artifact": _artifact,
+    "foreign": _foreign,
+    "checkpoint": _checkpoint,
+}
 
 
 def _unread(config: FoxConfig, embedding_bytes: int) -> int:

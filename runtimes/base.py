@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,24 +203,49 @@ MODEL_FILES: dict[str, str] = {
     "onnx": "runtimes.onnx_file:OnnxFile",
 }
 
-# Artifact format -> "module:class"; the class is constructed with (Artifact, SessionOptions).
-RUNTIMES: dict[str, tuple[str, str]] = {
-    "gguf": ("llama.cpp", "runtimes.llama_cpp:LlamaCppSession"),
-    "onnx": ("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
+
+class Runtime(NamedTuple):
+    """One row of the registry: what a runtime is called, and the class that opens a model in it.
+
+    `session` is "module:class", constructed with (what it `opens`, SessionOptions), and has a static `need`.
+    """
+
+    name: str
+    session: str
+    opens: Literal["artifact", "checkpoint", "foreign"] = "artifact"
+
+
+# A new runtime is one row here: of RUNTIMES where it has an artifact format of its own (and kv_types.KV_TYPES
+# says what its cache stores), of PREFIXES where a user's word chooses it.
+
+# Artifact format -> the runtime that opens it.
+RUNTIMES: dict[str, Runtime] = {
+    "gguf": Runtime("llama.cpp", "runtimes.llama_cpp:LlamaCppSession"),
+    "onnx": Runtime("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
 }
 
 # How a user names a checkpoint that PyTorch is to open: torch:nano.
 TORCH_PREFIX = "torch:"
-# The same for checkpoints; constructed with (fox_edge.checkpoint.Checkpoint, SessionOptions).
-TORCH_RUNTIME = ("torch", "runtimes.torch:TorchSession")
+# Opens a fox_edge.checkpoint.Checkpoint.
+TORCH_RUNTIME = Runtime("torch", "runtimes.torch:TorchSession", "checkpoint")
+# The beginning of what a user names -> the runtime that opens the rest.
+PREFIXES: dict[str, Runtime] = {TORCH_PREFIX: TORCH_RUNTIME}
 
-# The same for ONNX models of other tools; constructed with (onnx_foreign.ForeignOnnx, SessionOptions).
-FOREIGN_ONNX = ("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession")
+# Opens an onnx_foreign.ForeignOnnx: an ONNX model of another tool.
+FOREIGN_ONNX = Runtime("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession", "foreign")
+
+
+def split_prefix(spec: str) -> tuple[Runtime | None, str]:
+    """The runtime that a user's word asks for, None without such a word, and the rest of it."""
+    for prefix, runtime in PREFIXES.items():
+        if spec.startswith(prefix):
+            return runtime, spec.removeprefix(prefix)
+    return None, spec
 
 
 def runtime_name(format: str) -> str:
     """The runtime that opens an artifact of this format."""
-    return _entry(format)[0]
+    return runtime_of_format(format).name
 
 
 def open_model(path: Path) -> Artifact | ForeignOnnx:
@@ -239,13 +264,13 @@ def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None =
     """
     options = options or SessionOptions()
     if not isinstance(model, Artifact):
-        foreign: Session = load(FOREIGN_ONNX[1])(model, options)
+        foreign: Session = load(FOREIGN_ONNX.session)(model, options)
         return foreign
-    entry = _entry(model.manifest.format)
+    entry = runtime_of_format(model.manifest.format)
     options, remark = load("runtimes.tuning:with_tuning")(model, options)
     if remark:
         say(remark)
-    session: Session = load("runtimes.lookup:speculating")(load(entry[1])(model, options), options)
+    session: Session = load("runtimes.lookup:speculating")(load(entry.session)(model, options), options)
     return session
 
 
@@ -272,7 +297,8 @@ def load(spec: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _entry(format: str) -> tuple[str, str]:
+def runtime_of_format(format: str) -> Runtime:
+    """The row of an artifact's format; raises FoxEdgeError listing the formats that there are."""
     if format not in RUNTIMES:
         raise FoxEdgeError(f"no runtime opens the format '{format}'; known: {', '.join(RUNTIMES)}")
     return RUNTIMES[format]

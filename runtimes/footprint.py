@@ -21,6 +21,7 @@ from runtimes.base import (
     FOREIGN_ONNX,
     RUNTIMES,
     TORCH_RUNTIME,
+    Runtime,
     SessionOptions,
     is_foreign,
     load,
@@ -45,8 +46,8 @@ def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
     ContextOverflowError for a context that the model does not have, FoxEdgeError for a choice that the
     runtime does not have, MissingPackageError.
     """
-    runtime, session_class = runtime_of(Path(target))
-    opened = load(session_class)
+    runtime = runtime_of(Path(target))
+    opened = load(runtime.session)
     importlib.import_module("fox_edge.tokenizer")
     process, available = resident_bytes(), available_bytes()
     model, about = _open(target)
@@ -60,7 +61,7 @@ def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
     tokenizer = TOKENIZER_PIECE_BYTES * about.pieces
     return {
         "context": context,
-        "runtime": runtime,
+        "runtime": runtime.name,
         "kv": options.kv or about.kv,
         "weights_bytes": need.weights,
         "kv_bytes": need.cache(context),
@@ -73,7 +74,7 @@ def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
     }
 
 
-def runtime_of(path: Path) -> tuple[str, str]:
+def runtime_of(path: Path) -> Runtime:
     """Name and session class of the runtime that opens what a user's path names."""
     if (path / MANIFEST).is_file():
         return RUNTIMES[Artifact.open(path).manifest.format]

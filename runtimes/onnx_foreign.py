@@ -137,12 +137,18 @@ class ForeignOnnx:
         }
 
     @property
-    def parameters(self) -> int | None:
-        """Weights of the model that config.json describes; None without one, or of another architecture."""
+    def config(self) -> FoxConfig | None:
+        """The model that config.json describes; None without one, or of another architecture."""
         try:
-            return FoxConfig.read(self.folder / CONFIG).num_parameters()
+            return FoxConfig.read(self.folder / CONFIG)
         except CheckpointError:
             return None
+
+    @property
+    def parameters(self) -> int | None:
+        """Weights of that model."""
+        config = self.config
+        return None if config is None else config.num_parameters()
 
     @property
     def weight_bytes(self) -> int:
