@@ -74,6 +74,8 @@ def bench(
     if page_cache not in STATES:
         raise FoxEdgeError(f"the page cache can be {' or '.join(STATES)}, not '{page_cache}'")
     work = find_workload(workload, prompt_tokens, decode_tokens)
+    if max(users) > 1 and (session or {}).get("speculate") is not None:
+        raise FoxEdgeError(f"--users {max(users)} with --speculate: guessing ahead is for one user")
     subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
     context = context or -(-work.positions // _CONTEXT_STEP) * _CONTEXT_STEP
     cases = _cases(subjects, work, users, page_cache, threads, context, session or {})

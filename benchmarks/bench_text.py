@@ -55,16 +55,16 @@ def _ceiling(row: dict[str, Any]) -> str:
 
 def _ties(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> list[str]:
     """Who shares a rank, once per rank."""
-    lines = []
+    lines: dict[str, None] = {}
     for row in rows:
         group = sorted([row["artifact"], *row["rank_shared_with"]])
-        if len(group) > 1 and row["artifact"] == group[0]:
+        if len(group) > 1:
             why = f"in {row['runs']} rounds"
             if conditions["noisy"]:
                 why += f" on a machine whose speed varies by {conditions['noise_percent']:.0f} %"
             users = f" with {row['users']} users" if row["users"] > 1 else ""
-            lines.append(f"not told apart by decode speed{users} {why}: {', '.join(group)}")
-    return lines
+            lines[f"not told apart by decode speed{users} {why}: {', '.join(group)}"] = None
+    return list(lines)
 
 
 def _what(result: dict[str, Any]) -> str:

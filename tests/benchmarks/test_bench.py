@@ -7,9 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import bench as bench_module
 from benchmarks import measure
 from benchmarks.bench import bench, bench_text
 from benchmarks.processes import WorkerError, run_worker
+from benchmarks.roofline import Bandwidth
+from benchmarks.rows import FIGURES, figures, rank_rows
 from benchmarks.subject import open_subject
 from benchmarks.table import WIDTH
 from fox_edge.artifact import ArtifactWriter, Manifest, TensorRecord
@@ -79,6 +82,18 @@ def test_a_result_has_every_key_and_consistent_figures(result, checkpoint):
     assert 0 < row["roofline_percent"] < 100
     for key, (low, high) in row["spread"].items():
         assert low <= row[key] <= high
+        assert [low, high] == [min(row["samples"][key]), max(row["samples"][key])]
+        assert low <= row["interval"][key][0] <= row["interval"][key][1] <= high
+        assert len(row["samples"][key]) == 2
+    assert set(FIGURES) - set(row["samples"]) <= {
+        "energy_joules_per_token",
+        "anonymous_rss_bytes",
+        "file_rss_bytes",
+    }
+    assert row["token_p50_s"] <= row["token_p95_s"] <= row["token_p99_s"]
+    assert row["total_tokens_per_s"] == pytest.approx(row["decode_tokens_per_s"])
+    assert (row["workload"], row["users"], row["page_cache"]) == ("custom", 1, "warm")
+    assert (row["rank"], row["rank_shared_with"]) == (1, [])
     if sys.platform == "linux":
         assert row["anonymous_rss_bytes"] + row["file_rss_bytes"] <= row["peak_rss_bytes"] * 1.02
         assert row["empty_rss_bytes"] < row["peak_rss_bytes"]
@@ -88,11 +103,17 @@ def test_a_broken_subject_says_so_in_its_row_and_the_others_go_on(result):
     row = result["results"][1]
     assert "model.gguf" in row["error"]
     assert "decode_tokens_per_s" not in row
+    assert (row["rank"], row["users"]) == (None, 1)
     assert "error" not in result["results"][0]
 
 
 def test_the_report_names_machine_settings_ceiling_and_the_baseline_that_is_not_ours(result):
-    assert result["settings"]["context"] == 256
+    settings = result["settings"]
+    assert (result["schema"], settings["context"], settings["workload"]) == (2, 256, "custom")
+    assert (settings["prompt_tokens"], settings["decode_tokens"]) == (40, 4)
+    conditions = result["conditions"]
+    assert conditions["noise_percent"] >= 0
+    assert conditions["noisy"] == (conditions["noise_percent"] > 10)
     assert result["machine"]["versions"]["torch"]
     assert result["bandwidth"][0]["bytes_per_s"] > 1e8
     assert result["baseline"]["ours"] is False
@@ -106,6 +127,8 @@ def test_the_text_fits_a_terminal_and_tells_everything(result):
     assert max(map(len, table)) <= WIDTH
     assert table[0].split()[0] == "artifact"
     assert "not ours: Fox-1 1.6B BF16, H100" in text
+    assert "conditions: noise" in text
+    assert "page cache warm; medians of 2 rounds (95 % intervals take 5" in text
     assert result["results"][1]["error"] in text
 
 
@@ -116,6 +139,120 @@ def test_mistakes_are_told_before_anything_runs(checkpoint, tmp_path):
         bench([f"torch:{tmp_path / 'nowhere'}"])
     with pytest.raises(FoxEdgeError, match="500 tokens and 65 more do not fit a context of 512"):
         bench([f"torch:{checkpoint.path}"], prompt_tokens=500)
+
+
+def test_choices_that_do_not_go_together_are_told(checkpoint):
+    spec = f"torch:{checkpoint.path}"
+    with pytest.raises(FoxEdgeError, match="no workload is named 'papr'"):
+        bench([spec], workload="papr")
+    with pytest.raises(FoxEdgeError, match="871 tokens and 513 more do not fit a context of 512 "):
+        bench([spec], workload="paper")
+    with pytest.raises(FoxEdgeError, match="the page cache can be warm or cold, not 'lukewarm'"):
+        bench([spec], page_cache="lukewarm")
+    with pytest.raises(FoxEdgeError, match="--users 4 with --speculate"):
+        bench([spec], users=[1, 4], session={"speculate": "auto"})
+
+
+def test_a_chat_by_two_users_in_real_processes(checkpoint):
+    result = bench(
+        [f"torch:{checkpoint.path}"],
+        workload="chat",
+        decode_tokens=2,
+        users=[1, 2],
+        page_cache="cold",
+        repeats=1,
+        threads=1,
+        command="fox-edge bench x",
+    )
+    alone, together = result["results"]
+    assert (alone["users"], together["users"]) == (1, 2)
+    assert [row["page_cache"] for row in (alone, together)] == ["cold", "cold"]
+    assert alone["samples"]["total_tokens_per_s"] == [alone["total_tokens_per_s"]]
+    assert together["total_tokens_per_s"] > together["decode_tokens_per_s"]
+    assert alone["interval"] == {}  # one round
+    assert (alone["rank"], together["rank"]) == (1, 1)
+    assert result["command"] == "fox-edge bench x"
+    text = bench_text(result)
+    assert "chat: 6 turns of 50 tokens on average, 2 out; page cache cold" in text
+    assert "(one round: no intervals, no ranks)" in text
+    assert "users" in text.splitlines()[0]
+
+
+class Script:
+    """Runs that a worker would have given; notes the order in which they were asked for."""
+
+    def __init__(self, speeds, dies=None):
+        self.speeds, self.dies, self.order = speeds, dies, []
+
+    def __call__(self, job):
+        spec = job["subject"]
+        self.order.append(spec[-1])
+        turn = self.order.count(spec[-1]) - 1
+        if (spec[-1], turn) == self.dies:
+            raise WorkerError("the process was killed by SIGKILL")
+        speed = self.speeds[spec[-1]][turn]
+        run = dict.fromkeys(FIGURES, 1.0)
+        run |= {"decode_tokens_per_s": speed, "total_tokens_per_s": speed, "energy_joules_per_token": None}
+        return run | {"notes": ["not quite warm"]}
+
+
+@pytest.fixture
+def three(checkpoint, tmp_path, monkeypatch):
+    """Three artifacts on a machine whose bandwidth needs no measuring."""
+    ceiling = Bandwidth(1e9, "said", 1 << 20, 1, {"said": 1e9})
+    monkeypatch.setattr(bench_module, "read_bandwidth", lambda *_, **__: ceiling)
+    return [write_artifact(tmp_path / name, checkpoint).path for name in "abc"]
+
+
+def test_rounds_go_back_and_forth_and_paired_rounds_rank(three, monkeypatch):
+    # b is always 2 % ahead of a in the same round, though rounds differ by far more; c is far behind.
+    drift = (1.0, 1.5, 0.7, 1.2, 0.9)
+    speeds = {"a": [100 * d for d in drift], "b": [102 * d for d in drift], "c": [30 * d for d in drift]}
+    script = Script(speeds)
+    monkeypatch.setattr(bench_module, "run_worker", script)
+    result = bench(three, prompt_tokens=8, decode_tokens=2, threads=1)
+    assert "".join(script.order) == "abccbaabccbaabc"
+    assert [row["rank"] for row in result["results"]] == [2, 1, 3]
+    assert all(row["rank_shared_with"] == [] for row in result["results"])
+    row = result["results"][0]
+    assert (row["decode_tokens_per_s"], row["samples"]["decode_tokens_per_s"]) == (100, speeds["a"])
+    assert row["interval"]["decode_tokens_per_s"] == [pytest.approx(70), pytest.approx(150)]
+    assert row["energy_joules_per_token"] is None
+    assert result["conditions"]["notes"].count("not quite warm") == 1
+
+
+def test_who_cannot_be_told_apart_shares_a_rank_and_the_text_says_so(three, monkeypatch):
+    speeds = {"a": [100, 90, 110, 95, 104], "b": [98, 93, 108, 99, 101], "c": [30, 31, 29, 30, 30]}
+    monkeypatch.setattr(bench_module, "run_worker", Script(speeds))
+    result = bench(three, prompt_tokens=8, decode_tokens=2, threads=1)
+    a, b, c = result["results"]
+    assert [a["rank"], b["rank"], c["rank"]] == [1, 1, 3]
+    assert (a["rank_shared_with"], b["rank_shared_with"]) == ([b["artifact"]], [a["artifact"]])
+    calm = result | {"conditions": result["conditions"] | {"noisy": False}}
+    line = f"not told apart by decode speed in 5 rounds: {a['artifact']}, {b['artifact']}"
+    assert bench_text(calm).splitlines().count(line) == 1
+    loud = result | {"conditions": result["conditions"] | {"noisy": True, "noise_percent": 31.4}}
+    assert "in 5 rounds on a machine whose speed varies by 31 %: " in bench_text(loud)
+
+
+def test_one_that_dies_in_mid_run_is_not_tried_again_and_the_others_are_ranked(three, monkeypatch):
+    speeds = {name: [100, 101, 99] for name in "abc"} | {"c": [50, 51, 49]}
+    script = Script(speeds, dies=("b", 1))
+    monkeypatch.setattr(bench_module, "run_worker", script)
+    result = bench(three, prompt_tokens=8, decode_tokens=2, threads=1, repeats=3)
+    assert "".join(script.order) == "abccbaac"
+    assert result["results"][1]["error"] == "the process was killed by SIGKILL"
+    assert [row["rank"] for row in result["results"]] == [1, None, 2]
+
+
+def test_ranks_are_apart_for_every_number_of_users():
+    def made(artifact, users, speed):
+        found = figures([{"decode_tokens_per_s": speed + n / 100} for n in range(5)])
+        return {"artifact": artifact, "users": users, **found}
+
+    rows = [made("a", 1, 9.0), made("a", 4, 2.0), made("b", 1, 8.0), made("b", 4, 3.0)]
+    rank_rows(rows)
+    assert [row["rank"] for row in rows] == [1, 2, 2, 1]
 
 
 def test_a_subject_knows_its_sizes(checkpoint, tmp_path):

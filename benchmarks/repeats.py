@@ -1,0 +1,138 @@
+"""Do two runs of the same artifact agree within their intervals? The whole of `bench`, again and again.
+
+    python -m benchmarks.repeats ARTIFACT --results FILE.json [--runs 20] [--repeats 5] [--decode-tokens N]
+
+Every run is a `bench` of its own, with its own rounds, medians and intervals. Two runs agree on a figure when
+their intervals have a value in common; counted over all pairs of runs, so that a machine that was another one
+an hour later shows. On a quiet machine that should be so 19 times of 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import REPEATS, bench
+from benchmarks.full_shape import write_results
+from benchmarks.table import Column, render
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import say
+
+RUNS = 20
+WANTED_PERCENT = 95.0
+FIGURES = (
+    "decode_tokens_per_s",
+    "prompt_tokens_per_s",
+    "time_to_first_token_s",
+    "token_p95_s",
+    "load_s",
+    "peak_rss_bytes",
+)
+
+
+def agreement(intervals: Sequence[Sequence[float]]) -> tuple[int, int]:
+    """How many pairs of intervals have a value in common, and how many pairs there are."""
+    pairs = list(itertools.combinations(intervals, 2))
+    agreeing = sum(max(a[0], b[0]) <= min(a[1], b[1]) for a, b in pairs)
+    return agreeing, len(pairs)
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per figure: the medians' range, the intervals' typical width, and how many pairs agree."""
+    found = []
+    for figure in FIGURES:
+        intervals = [row["interval"][figure] for row in rows]
+        medians = sorted(row[figure] for row in rows)
+        agreeing, pairs = agreement(intervals)
+        widths = sorted(
+            100 * (high - low) / row[figure] for (low, high), row in zip(intervals, rows, strict=True)
+        )
+        found.append(
+            {
+                "figure": figure,
+                "lowest": medians[0],
+                "highest": medians[-1],
+                "width_percent": widths[len(widths) // 2],
+                "pairs": pairs,
+                "agreeing": agreeing,
+                "agreeing_percent": 100 * agreeing / pairs,
+            }
+        )
+    return found
+
+
+def repeats(spec: str, runs: int, **options: Any) -> dict[str, Any]:
+    """Run `bench` so often; raises FoxEdgeError when the artifact dies in any of them."""
+    if runs < 2 or options.get("repeats", REPEATS) < 2:
+        raise FoxEdgeError("agreement takes at least two runs, and intervals at least two rounds in each")
+    results = []
+    for n in range(runs):
+        result = bench([spec], **options)
+        (row,) = result["results"]
+        if "error" in row:
+            raise FoxEdgeError(f"run {n + 1}: {spec}: {row['error']}")
+        results.append(result)
+        say(f"run {n + 1} of {runs}: {row['decode_tokens_per_s']:,.1f} tok/s")
+    rows = [result["results"][0] for result in results]
+    kept = ("created", "conditions")
+    return {
+        "machine": results[0]["machine"],
+        "settings": results[0]["settings"],
+        "wanted_percent": WANTED_PERCENT,
+        "results": summarize(rows),
+        "runs": [
+            {key: result[key] for key in kept}
+            | {
+                f: {"median": row[f], "interval": row["interval"][f], "samples": row["samples"][f]}
+                for f in FIGURES
+            }
+            for result, row in zip(results, rows, strict=True)
+        ],
+    }
+
+
+COLUMNS = (
+    Column("figure", "figure"),
+    Column("lowest median", "lowest", "{:,.4g}"),
+    Column("highest", "highest", "{:,.4g}"),
+    Column("interval's width", "width_percent", "{:.1f} %"),
+    Column("pairs that agree", "pairs_agreeing"),
+    Column("share", "agreeing_percent", "{:.1f} %"),
+)
+
+
+def repeats_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The table."""
+    return render(COLUMNS, [r | {"pairs_agreeing": f"{r['agreeing']} of {r['pairs']}"} for r in rows])
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.repeats", description=__doc__)
+    parser.add_argument("artifact")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--prompt-tokens", type=int)
+    parser.add_argument("--decode-tokens", type=int)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    found = repeats(
+        args.artifact,
+        args.runs,
+        repeats=args.repeats,
+        prompt_tokens=args.prompt_tokens,
+        decode_tokens=args.decode_tokens,
+        threads=args.threads,
+    )
+    command = f"python -m benchmarks.repeats {' '.join(sys.argv[1:])}"
+    write_results(args.results, {"command": command, "artifact": args.artifact, **found})
+    print(repeats_text(found["results"]))
+
+
+if __name__ == "__main__":
+    main()
