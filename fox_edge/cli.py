@@ -244,6 +244,14 @@ def _sweep(args: argparse.Namespace) -> None:
     _print(args, sweep(Path(args.sweep), out=out, ray=args.ray, retry=args.retry), sweep_text)
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from benchmarks.compare import compare, compare_text
+
+    result = compare(Path(args.before), Path(args.after), tolerance_percent=args.tolerance)
+    _print(args, result, compare_text)
+    return EXIT_MISTAKE if result["regressions"] else EXIT_OK
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from fox_edge.doctor import doctor_text, examine
 
@@ -350,6 +358,7 @@ VERBS: dict[str, Verb] = {
     "tune": _tune,
     "eval": _eval,
     "sweep": _sweep,
+    "compare": _compare,
     "doctor": _doctor,
     "new": _new,
     "demo": _demo,

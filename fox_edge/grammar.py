@@ -230,6 +230,17 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     )
     sweep.add_argument("--retry", action="store_true", help="try again what failed before")
 
+    compare = verb("compare", "tell regressions and improvements between two results from the noise")
+    compare.add_argument("before", help="a report.json, or what bench --json or eval --json printed")
+    compare.add_argument("after", help="the same of later")
+    compare.add_argument(
+        "--tolerance",
+        type=_percent,
+        default=3.0,
+        metavar="PERCENT",
+        help="smaller changes do not count (default: 3); exit status 2 when there is a regression",
+    )
+
     verb("doctor", "tell which runtimes work here, and how to add the others")
 
     new = verb("new", "write a random checkpoint of a real shape, to rehearse with")
@@ -318,6 +329,13 @@ def _guesses(text: str) -> int | str | None:
 
 def _context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_positive, help="tokens of context to open")
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is no percentage from 0 to 1000")
+    return value
 
 
 def _count(text: str) -> int:
