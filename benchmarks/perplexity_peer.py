@@ -5,7 +5,10 @@
 SOURCE has convert_hf_to_gguf.py, BUILD bin/llama-perplexity. Theirs: the checkpoint converted to a GGUF of
 float32, its log-probabilities written to a file in 16 bits (--kl-divergence-base), our GGUF exports held
 against that file (--kl-divergence). Ours: the same exports against the checkpoint in float32, with no file.
-The KV cache of their reference is float32, so that both references are the same but for the order of sums.
+The KV cache of their reference is float32, so that both references are the same but for the order of sums;
+attention is computed in steps on both sides (in one pass, llama.cpp's results depend on the batch's size).
+Their converter does not say whether a space goes before a text, so they are told; that both sides compare the
+same tokens is checked.
 
 Every difference is told beside what their 16 bits alone do to our own figures: our logits are rounded as they
 round them and summed as they sum them (`as_stored`, `stored_divergence`). WORK is a scratch folder.
@@ -117,13 +120,15 @@ def rounded_figures(
     reference: Iterator[Logits], artifact: Iterator[Logits], text: Windows
 ) -> dict[str, float]:
     """Our own logits through their file: the figures that their rounding can touch."""
-    kl, same, nll, targets = [], [], [], iter(text.targets())
+    kl, same, nll, other_nll, targets = [], [], [], [], iter(text.targets())
     for a, b in side_by_side(reference, artifact):
         for row, other in zip(a, b, strict=True):
             stored = as_stored(row)
             kl.append(stored_divergence(stored, other))
             same.append(stored.steps.argmax() == other.argmax())
-            nll.append(-float(stored.log_p()[next(targets)]))
+            token = next(targets)
+            nll.append(-float(stored.log_p()[token]))
+            other_nll.append(_nll(other, token))
     return {
         "mean_kl_nats": float(np.mean(kl)),
         "median_kl_nats": float(np.median(kl)),
@@ -131,7 +136,14 @@ def rounded_figures(
         "max_kl_nats": float(np.max(kl)),
         "top1_agreement_percent": 100 * float(np.mean(same)),
         "reference_perplexity": math.exp(float(np.mean(nll))),
+        "perplexity_ratio": math.exp(float(np.mean(other_nll) - np.mean(nll))),
     }
+
+
+def _nll(logits: Logits, token: int) -> float:
+    """-log p of one token, of a row of logits (V,)."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(np.log(np.exp(shifted).sum()) - shifted[token])
 
 
 # --- both sides ---------------------------------------------------------------------------------------------
@@ -148,7 +160,8 @@ class Ours:
 
     def figures(self, folder: Path, threads: int) -> dict[str, Any]:
         """Exact figures, and 'rounded': the same behind their 16 bits."""
-        text, options = self._text, SessionOptions(context=self._text.length, threads=threads, cache=False)
+        text, length = self._text, self._text.length
+        options = SessionOptions(context=length, threads=threads, cache=False, flash_attention=False)
         with contextlib.closing(open_subject(folder).open_session(options)) as session:
             found = look(self._head.logits(self._hidden), session_logits(session, text), text.targets())
             rounded = rounded_figures(self._head.logits(self._hidden), session_logits(session, text), text)
@@ -163,16 +176,21 @@ class Theirs:
         self._work, self._window, self._threads = work, window, threads
         self._base = work / "base.kld"
 
-    def make_base(self, checkpoint: Checkpoint, text: Path) -> None:
-        """Convert to float32 and write the base file; the KV cache of this run is float32 too."""
+    def make_base(self, checkpoint: Checkpoint, file: Path, text: Windows) -> None:
+        """Convert to float32 and write the base file; the KV cache of this run is float32 too.
+
+        Raises FoxEdgeError when they cut the text into other tokens than ours.
+        """
         whole = self._work / "checkpoint-f32.gguf"
         convert = [sys.executable, self._source / "convert_hf_to_gguf.py", checkpoint.path]
         _run(
             [*convert, "--outfile", whole, "--outtype", "f32"],
             {"PYTHONPATH": str(self._source / "gguf-py")},
         )
-        exact = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32")
-        self._perplexity(whole, "--file", text, *exact)
+        prefix = str(checkpoint.tokenizer().add_space_prefix).lower()
+        space = ("--override-kv", f"tokenizer.ggml.add_space_prefix=bool:{prefix}")
+        self._perplexity(whole, "--file", file, *space, "--cache-type-k", "f32", "--cache-type-v", "f32")
+        check_tokens(self._base, text)
 
     def figures(self, model: Path) -> dict[str, float]:
         """What they find for a GGUF."""
@@ -180,8 +198,24 @@ class Theirs:
 
     def _perplexity(self, model: Path, *words: object) -> str:
         command = [self._build / "bin" / "llama-perplexity", "--model", model, "--ctx-size", self._window]
-        command += ["--threads", self._threads, "--gpu-layers", 0, "--kl-divergence-base", self._base]
+        command += ["--threads", self._threads, "--gpu-layers", 0, "--flash-attn", "off"]
+        command += ["--kl-divergence-base", self._base]
         return _run([*command, *words])
+
+
+def check_tokens(base: Path, text: Windows) -> None:
+    """Raises FoxEdgeError when a base file's tokens are not the windows', the first of each left out.
+
+    The file begins with a magic word of 8 bytes, then int32: window, vocabulary, windows, all token ids.
+    """
+    length, count = text.length, len(text.windows)
+    found = np.fromfile(base, np.int32, 5 + length * count)
+    if (found[2], found[4]) != (length, count):
+        raise FoxEdgeError(f"{base}: {found[4]} windows of {found[2]} tokens, not {count} of {length}")
+    # They write down the token that <bos> stands in for.
+    theirs, ours = found[5:].reshape(count, length)[:, 1:], np.array(text.windows)[:, 1:]
+    if differing := int((theirs != ours).sum()):
+        raise FoxEdgeError(f"{base}: {differing} of {ours.size} tokens are not the checkpoint's")
 
 
 def _run(command: Sequence[object], env: dict[str, str] | None = None) -> str:
@@ -266,7 +300,7 @@ def main() -> None:
         tokenizer, checkpoint.config.max_positions, file=file, tokens=whole, window=args.window
     )
     ours, theirs = Ours(checkpoint, text), Theirs(args.work, args.llama_cpp, args.window, args.threads)
-    theirs.make_base(checkpoint, file)
+    theirs.make_base(checkpoint, file, text)
     rows: list[dict[str, Any]] = []
     for quant in args.quant:
         folder = args.work / f"{args.checkpoint}-gguf-{quant}"

@@ -7,7 +7,14 @@ import pytest
 
 from benchmarks.fidelity import kl_nats
 from benchmarks.fidelity_cost import medians
-from benchmarks.perplexity_peer import as_stored, compared, parse_report, rounded_figures, stored_divergence
+from benchmarks.perplexity_peer import (
+    as_stored,
+    check_tokens,
+    compared,
+    parse_report,
+    rounded_figures,
+    stored_divergence,
+)
 from benchmarks.texts import Windows
 from fox_edge.errors import FoxEdgeError
 
@@ -78,6 +85,20 @@ def test_rounding_moves_a_divergence_by_less_than_a_step():
         assert stored_divergence(as_stored(a), b) == pytest.approx(kl_nats(a, b), abs=16 / 65535)
 
 
+def test_tokens_that_are_not_ours_are_told(tmp_path):
+    base, text = tmp_path / "base.kld", Windows("", [[9, 1, 2], [9, 3, 4]], 1)
+
+    def write(*numbers):
+        base.write_bytes(b"_logits_" + np.array(numbers, np.int32).tobytes() + b"log-probabilities")
+        return check_tokens(base, text)
+
+    write(3, 50, 2, 7, 1, 2, 8, 3, 4)  # <bos> stands for 7 and 8
+    with pytest.raises(FoxEdgeError, match="1 of 4 tokens are not the checkpoint's"):
+        write(3, 50, 2, 9, 1, 2, 9, 5, 4)
+    with pytest.raises(FoxEdgeError, match="1 windows of 6 tokens, not 2 of 3"):
+        write(6, 50, 1, 9, 1, 2, 9, 3, 4)
+
+
 def test_both_sides_make_a_row_of_differences():
     rng = np.random.default_rng(1)
     text = Windows("", rng.integers(0, 50, (2, 6)).tolist(), 3)
@@ -85,6 +106,7 @@ def test_both_sides_make_a_row_of_differences():
     rounded = rounded_figures(iter([a]), iter([a[:3], a[3:]]), text)
     assert rounded["mean_kl_nats"] == pytest.approx(0, abs=1e-3)
     assert rounded["top1_agreement_percent"] == 100
+    assert rounded["perplexity_ratio"] == pytest.approx(1, abs=1e-3)
     theirs = parse_report(REPORT)
     ours = {key: value + 0.5 for key, value in theirs.items()}
     row = compared("nano", {**ours, "rounded": rounded}, theirs)
