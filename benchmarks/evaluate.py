@@ -84,7 +84,7 @@ def make_any_task(name: str, options: TaskOptions) -> Task | HarnessTask:
     if name in HARNESS_TASKS:
         return make_harness_task(name, options)
     if name not in TASKS:
-        raise FoxEdgeError(f"unknown task '{name}'; known: {', '.join([*TASKS, *HARNESS_TASKS])}")
+        raise FoxEdgeError(f"unknown task '{name}'; known: {', '.join([*TASKS, *HARNESS_TASKS, 'fidelity'])}")
     return make_task(name, options)
 
 

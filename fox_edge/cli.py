@@ -219,8 +219,13 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if args.task == "fidelity":
+        return _eval_fidelity(args)
     from benchmarks.evaluate import evaluate, evaluate_text
 
+    for word in ("checkpoint", "text", "tokens", "window", "score_from"):
+        if getattr(args, word) is not None:
+            raise FoxEdgeError(f"--{word.replace('_', '-')} is for --task fidelity, not {args.task}")
     result = evaluate(
         args.artifact,
         task=args.task,
@@ -234,6 +239,23 @@ def _eval(args: argparse.Namespace) -> None:
         session=_session(args),
     )
     _print(args, result, evaluate_text)
+
+
+def _eval_fidelity(args: argparse.Namespace) -> None:
+    from benchmarks.fidelity_task import evaluate_fidelity, fidelity_text
+
+    if args.checkpoint is None:
+        raise FoxEdgeError("--task fidelity compares with --checkpoint; give one")
+    said = ("tokens", "window", "score_from")
+    result = evaluate_fidelity(
+        args.artifact,
+        checkpoint=args.checkpoint,
+        text=Path(args.text) if args.text else None,
+        threads=args.threads,
+        session=_session(args),
+        **{word: value for word in said if (value := getattr(args, word)) is not None},
+    )
+    _print(args, result, fidelity_text)
 
 
 def _sweep(args: argparse.Namespace) -> None:

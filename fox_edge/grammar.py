@@ -175,6 +175,17 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     bench.add_argument(
         "--repeats", type=_positive, default=5, help="rounds, a fresh process each (default: 5)"
     )
+    bench.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html, .md and .json there: which artifact to ship to each device, and why",
+    )
+    bench.add_argument("--checkpoint", help="report: measure fidelity against it")
+    bench.add_argument("--task", metavar="NAME", help="report: questions to answer, as eval's --task")
+    bench.add_argument("--limit", type=_positive, help="report: questions of --task (default: 50)")
+    bench.add_argument("--data", type=Path, help="report: as eval's --data")
+    bench.add_argument("--train", type=Path, help="report: as eval's --train")
     _context(bench)
     _speculation(bench, "off")
     _session_options(bench)
@@ -201,7 +212,7 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         "--task",
         default="gsm8k",
         help="gsm8k (default), word-problems; through lm-evaluation-harness: arc-challenge, hellaswag, "
-        "truthfulqa, mmlu, winogrande, gsm8k-harness",
+        "truthfulqa, mmlu, winogrande, gsm8k-harness; fidelity: KL divergence from --checkpoint",
     )
     evaluate.add_argument("--limit", type=_positive, default=50, help="questions to ask (default: 50)")
     evaluate.add_argument(
@@ -219,6 +230,7 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--answers", metavar="FILE", help="keep every answer in this .jsonl, and go on where it was cut off"
     )
+    _fidelity(evaluate)
     _session_options(evaluate)
     _threads(evaluate)
 
@@ -267,6 +279,22 @@ def _verification(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--greedy-tokens", type=int, help="tokens of greedy text that must agree (int8: 32)")
     parser.add_argument("--text", help="UTF-8 file to compare logits on (default: built-in word problems)")
+
+
+def _fidelity(parser: argparse.ArgumentParser) -> None:
+    words = parser.add_argument_group("--task fidelity")
+    words.add_argument(
+        "--checkpoint", help="what the artifacts are held to, in float32; an artifact can be, too"
+    )
+    words.add_argument("--text", metavar="FILE", help="UTF-8 text (default: built-in word problems)")
+    words.add_argument("--tokens", type=_positive, help="how much of the text (default: 4096 tokens)")
+    words.add_argument("--window", type=_positive, help="tokens that stand alone (default: 512)")
+    words.add_argument(
+        "--score-from",
+        type=_count,
+        metavar="N",
+        help="first position of a window to compare (default: its half)",
+    )
 
 
 def _threads(parser: argparse.ArgumentParser) -> None:
