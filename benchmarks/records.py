@@ -245,7 +245,8 @@ def _first(parts: Any) -> str | None:
     return next((wrong for part in parts if (wrong := _fault(*part))), None)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value can be a figure: a number that is finite and of this world."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -256,13 +257,13 @@ def _is_number(value: Any) -> bool:
 
 def _is_interval(value: Any) -> bool:
     return (
-        isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
     )
 
 
 _TESTS = {
     "text": lambda v: isinstance(v, str),
-    "number": _is_number,
+    "number": is_number,
     "flag": lambda v: isinstance(v, bool),
     "interval": _is_interval,
 }

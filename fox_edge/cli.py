@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,8 @@ def _serve(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from benchmarks.bench import bench, bench_text
 
-    result = bench(
+    measure = partial(
+        bench,
         args.artifact,
         workload=args.workload,
         prompt_tokens=args.prompt_tokens,
@@ -209,7 +211,41 @@ def _bench(args: argparse.Namespace) -> None:
         session=_session(args),
         command=shlex.join(["fox-edge", *args.words]),
     )
-    _print(args, result, bench_text)
+    if args.report is None:
+        _need_report(args)
+        _print(args, measure(), bench_text)
+    else:
+        _study(args, measure)
+
+
+def _need_report(args: argparse.Namespace) -> None:
+    """Words that only a report has a use for are a mistake without one."""
+    said = [
+        word for word in ("checkpoint", "task", "limit", "data", "train") if getattr(args, word) is not None
+    ]
+    if said:
+        raise FoxEdgeError(f"--{said[0]} is for --report DIR, which is missing")
+
+
+def _study(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> None:
+    from benchmarks.study import study, study_text
+
+    questions = [word for word in ("limit", "data", "train") if getattr(args, word) is not None]
+    if questions and args.task is None:
+        raise FoxEdgeError(f"--{questions[0]} is for --task, which is missing")
+    report = study(
+        args.artifact,
+        args.report,
+        measure,
+        checkpoint=args.checkpoint,
+        task=args.task,
+        limit=args.limit or 50,
+        data=args.data,
+        train=args.train,
+        threads=args.threads,
+        session=_session(args),
+    )
+    _print(args, report, lambda r: study_text(r, args.report))
 
 
 def _tune(args: argparse.Namespace) -> None:
