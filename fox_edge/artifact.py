@@ -7,13 +7,10 @@ export leaves nothing that looks like a model.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fox_edge.errors import ArtifactError
+from fox_edge.partial import PartialFolder
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -272,22 +270,20 @@ class ArtifactWriter:
             raise ArtifactError(f"{target}: exists already; choose another name or pass --replace")
         if target.exists() and not (target / MANIFEST).is_file():
             raise ArtifactError(f"{target}: exists and is not an exported model, so --replace does not apply")
-        self.folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-        self._committed = False
+        self._partial = PartialFolder(target)
 
     def __enter__(self) -> ArtifactWriter:
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+            self._partial.__enter__()
         except OSError as error:
             raise ArtifactError(f"{self.target}: cannot be written ({error.strerror})") from None
+        self.folder = self._partial.path
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._committed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._partial.__exit__(kind, error, trace)
         if isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -305,40 +301,13 @@ class ArtifactWriter:
             raise ArtifactError(f"{self.target}: needs {size_bytes} bytes, but that disk has {free} free")
 
     def commit(self, manifest: Manifest) -> Artifact:
-        """Hash and flush every file, write the manifest last, rename the folder to the target."""
+        """Hash every file, write the manifest last, put the folder in its place."""
         files = {p.name: sha256_file(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
         final = replace(manifest, files=files)
         text = json.dumps(final.to_json(), indent=1, ensure_ascii=False) + "\n"
         (self.folder / MANIFEST).write_text(text, encoding="utf-8")
-        for path in self.folder.iterdir():
-            _flush(path)
-        _flush(self.folder)
-        self._rename()
-        self._committed = True
-        return Artifact(self.target, final)
-
-    def _rename(self) -> None:
-        """Move the finished folder into place; an old artifact steps aside and comes back on failure."""
-        old = None
-        if self.target.exists():
-            old = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}.old"
-            self.target.rename(old)
         try:
-            self.folder.rename(self.target)
+            self._partial.put_in_place()
         except OSError as error:
-            if old is not None:
-                old.rename(self.target)
             raise ArtifactError(f"{self.target}: cannot be renamed into place ({error.strerror})") from None
-        _flush(self.target.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Ask the disk to keep a file or folder; not every file system can flush a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        return Artifact(self.target, final)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from fox_edge.config import FoxConfig, read_json_object
 from fox_edge.errors import CheckpointError, TokenizerError
 from fox_edge.locate import locate
 from fox_edge.model import Fox
+from fox_edge.partial import PartialFolder
 from fox_edge.processors import available_cores
 from fox_edge.quant import EMBEDDING, HEAD
 from fox_edge.safetensors_file import FLOATS, SafetensorsWriter
@@ -319,29 +319,27 @@ def write_checkpoint(
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; choose another name")
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     ids = dict(token_ids or {})
     try:
-        partial.mkdir(parents=True)
-        need, free = config.num_parameters() * dtype.itemsize, shutil.disk_usage(partial).free
-        if need > free:
-            raise CheckpointError(f"{folder}: needs {need} bytes, but only {free} are free on that disk")
-        with SafetensorsWriter(partial / "model.safetensors", config.tensor_shapes(), dtype) as writer:
-            for name, rows in tensors:
-                writer.write_rows(name, rows)
-        stored = {**config.to_hf(), **ids, "torch_dtype": str(dtype).removeprefix("torch.")}
-        _write_json(partial / "config.json", stored)
-        _write_json(partial / "generation_config.json", ids)
-        for path in tokenizer_files:
-            shutil.copyfile(path, partial / path.name)
-        for name, content in (extra_files or {}).items():
-            data = content.encode() if isinstance(content, str) else content
-            (partial / name).write_bytes(data)
-        partial.rename(folder)
+        with PartialFolder(folder) as partial:
+            need, free = config.num_parameters() * dtype.itemsize, shutil.disk_usage(partial.path).free
+            if need > free:
+                raise CheckpointError(f"{folder}: needs {need} bytes, but only {free} are free on that disk")
+            shapes = config.tensor_shapes()
+            with SafetensorsWriter(partial.path / "model.safetensors", shapes, dtype) as writer:
+                for name, rows in tensors:
+                    writer.write_rows(name, rows)
+            stored = {**config.to_hf(), **ids, "torch_dtype": str(dtype).removeprefix("torch.")}
+            _write_json(partial.path / "config.json", stored)
+            _write_json(partial.path / "generation_config.json", ids)
+            for path in tokenizer_files:
+                shutil.copyfile(path, partial.path / path.name)
+            for name, content in (extra_files or {}).items():
+                data = content.encode() if isinstance(content, str) else content
+                (partial.path / name).write_bytes(data)
+            partial.put_in_place()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); nothing was kept") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -234,6 +234,19 @@ def test_sigkill_in_mid_export_leaves_no_artifact(checkpoint: Path, tmp_path: Pa
     assert not (left[0] / "manifest.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_stdout_on_a_full_disk_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fox_edge.cli", "doctor", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "fox-edge doctor: cannot be written (No space left on device)\n"
+
+
 @pytest.mark.parametrize("verb", [["chat", "x"], ["bench", "x"], ["eval", "x"]])
 def test_session_choices_reach_the_session(verb: list[str]) -> None:
     args = cli.parse([*verb, "--kv", "int8", "--accuracy-level", "1", "--no-cache"])
