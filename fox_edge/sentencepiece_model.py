@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fox_edge.errors import TokenizerError
+from fox_edge.vocabulary import KINDS, Piece
 
 # The enum SentencePiece.Type of sentencepiece_model.proto.
-KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
-KIND_NUMBERS = {name: number for number, name in KINDS.items()}
+_KINDS = {number: kind for number, kind in enumerate(KINDS, 1)}
+KIND_NUMBERS = {kind: number for number, kind in _KINDS.items()}
 # The enum TrainerSpec.ModelType.
 ALGORITHMS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
@@ -26,15 +27,6 @@ _TEXT, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
 _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 40, 41, 42, 43
 _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One piece of a vocabulary; its index in the list is its id. A space inside `text` is written U+2581."""
-
-    text: str
-    score: float
-    kind: str  # normal | unknown | control | user_defined | unused | byte
 
 
 @dataclass
@@ -143,7 +135,7 @@ def _parse_piece(data: int | bytes) -> Piece:
             (score,) = struct.unpack("<f", value)
         elif number == _TYPE:
             kind = int(value)
-    return Piece(text, score, KINDS[kind])
+    return Piece(text, score, _KINDS[kind])
 
 
 def _piece_bytes(piece: Piece) -> bytes:

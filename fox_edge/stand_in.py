@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fox_edge.errors import TokenizerError
-from fox_edge.sentencepiece_model import Piece, SentencePieceModel, byte_pieces
+from fox_edge.sentencepiece_model import SentencePieceModel, byte_pieces
+from fox_edge.vocabulary import Piece
 
 # Gemma's places: turns at 106 and 107, newlines from 108, spaces from 139, bytes from 217, text from 473.
 _HEAD = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")

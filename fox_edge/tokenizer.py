@@ -14,8 +14,8 @@ from typing import Any
 from fox_edge.chat_template import FOX_TEMPLATE, ChatTemplate, find_template
 from fox_edge.config import read_json_object
 from fox_edge.errors import CheckpointError, TokenizerError
-from fox_edge.sentencepiece_model import Piece
 from fox_edge.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, splitter
+from fox_edge.vocabulary import Piece
 
 __all__ = ["Piece", "StreamDecoder", "Tokenizer"]
 
@@ -51,17 +51,18 @@ class Tokenizer:
     def __init__(self, backend: Backend, folder: Path, settings: Mapping[str, Any]) -> None:
         self._backend, self._folder = backend, folder
         self.notes: list[str] = list(backend.notes)
-        self._ids = {piece.text: id for id, piece in reversed(list(enumerate(backend.pieces)))}
+        self._pieces = backend.pieces
         ids = {role: self._special_id(role, settings) for role in _ROLES}
         self.bos_id, self.eos_id = ids["bos"], ids["eos"]
         self.pad_id, self.unk_id = ids["pad"], ids["unk"]
         add_bos = settings.get("add_bos_token")
         self.add_bos = self.bos_id is not None and bool(backend.adds_bos if add_bos is None else add_bos)
         self.special_ids = frozenset(
-            {id for id, piece in enumerate(backend.pieces) if piece.kind in ("control", "unknown")}
-            | {id for id in ids.values() if id is not None}
+            {*self._pieces.of_kinds(("control", "unknown")), *(id for id in ids.values() if id is not None)}
         )
-        self._splitter = splitter(backend.pieces[id].text for id in self.special_ids)
+        # Of pieces of the same text, the one with the lowest id.
+        self._special = {self._pieces.text(id): id for id in sorted(self.special_ids, reverse=True)}
+        self._splitter = splitter(self._special)
         template = find_template(folder, settings)
         if template is None:
             self.notes.append(f"{folder.name} has no chat template; Fox's own format is used")
@@ -87,7 +88,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Pieces in the tokenizer; a model may have more rows."""
-        return len(self._backend.pieces)
+        return len(self._pieces)
 
     @property
     def add_space_prefix(self) -> bool:
@@ -106,11 +107,11 @@ class Tokenizer:
 
     def pieces(self) -> list[Piece]:
         """Every piece; the index is the id. Merging prefers the higher score."""
-        return list(self._backend.pieces)
+        return list(self._pieces)
 
     def id_of(self, text: str) -> int | None:
         """The id of a piece, by its exact text."""
-        return self._ids.get(text)
+        return self._pieces.find(text)
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; `bos` puts <bos> before them.
@@ -123,8 +124,8 @@ class Tokenizer:
         if not special or self._splitter is None:
             return ids + (self._backend.encode(text) if text else [])
         for part in self._splitter.split(text):
-            if part in self._ids and self._ids[part] in self.special_ids:
-                ids.append(self._ids[part])
+            if part in self._special:
+                ids.append(self._special[part])
             elif part:
                 ids += self._backend.encode(part)
         return ids
@@ -190,14 +191,14 @@ class Tokenizer:
         return [self.bos_id, *ids[start:]] if start or self.add_bos else ids
 
     def _text_of(self, id: int | None) -> str:
-        return "" if id is None else self._backend.pieces[id].text
+        return "" if id is None else self._pieces.text(id)
 
     def _special_id(self, role: str, settings: Mapping[str, Any]) -> int | None:
         """The tokenizer settings' choice, else tokenizer.model's own, else a piece of a well-known name."""
         text = _token_text(settings.get(f"{role}_token"))
         if text is not None:
-            if text in self._ids:
-                return self._ids[text]
+            if (named := self._pieces.find(text)) is not None:
+                return named
             complaint = (
                 f"{self._folder / 'tokenizer_config.json'}: {role}_token '{text}' is none of the "
                 f"{self.vocab_size} pieces"
@@ -208,12 +209,12 @@ class Tokenizer:
         own = self._backend.special_ids.get(role)
         if own is not None:
             return own
-        found = (self._ids[name] for name in _WELL_KNOWN[role] if name in self._ids)
-        return next((id for id in found if self._backend.pieces[id].kind != "normal"), None)
+        found = (id for name in _WELL_KNOWN[role] if (id := self._pieces.find(name)) is not None)
+        return next((id for id in found if self._pieces.kind(id) != "normal"), None)
 
     def _find_stop_ids(self) -> frozenset[int]:
         """eos, pieces that end turns, the template's own, generation_config.json's where it can be right."""
-        stops = {self.eos_id, *(self._ids.get(name) for name in _TURN_ENDS)}
+        stops = {self.eos_id, *map(self._pieces.find, _TURN_ENDS)}
         # A published Fox lists <bos> as its end there: only a special token of no other role is believed.
         others = {self.bos_id, self.pad_id, self.unk_id}
         if (end := self._turn_end()) not in others:
@@ -221,7 +222,7 @@ class Tokenizer:
         stops |= {
             id
             for id in _generation_eos(self._folder)
-            if id in self.special_ids and id not in others and self._backend.pieces[id].kind == "control"
+            if id in self.special_ids and id not in others and self._pieces.kind(id) == "control"
         }
         return frozenset(id for id in stops if id is not None)
 
@@ -234,7 +235,7 @@ class Tokenizer:
             return None  # whoever chats will be told
         after = text.partition(_SAMPLE_ANSWER)[2].lstrip()
         found = self._splitter.match(after) if self._splitter is not None else None
-        return self._ids[found[0]] if found else None
+        return self._special[found[0]] if found else None
 
 
 class StreamDecoder:

@@ -18,12 +18,14 @@ import sentencepiece
 import tokenizers
 
 from fox_edge.errors import TokenizerError
-from fox_edge.sentencepiece_model import Piece, SentencePieceModel, with_kinds
+from fox_edge.sentencepiece_model import SentencePieceModel, with_kinds
+from fox_edge.vocabulary import Piece, Vocabulary
 
 MAX_TOKENIZER_BYTES = 256 << 20
 # A token added far past the end of the vocabulary would make a list of fillers as long as its id.
 _MAX_ADDED = 1 << 16
 _SPACE = "\u2581"
+_SPACE_UTF8 = _SPACE.encode("utf-8")
 
 # Text -> (id where the files give one, whether it is special).
 Added = Mapping[str, tuple[int | None, bool]]
@@ -32,7 +34,7 @@ Added = Mapping[str, tuple[int | None, bool]]
 class Backend(Protocol):
     """What Tokenizer needs of a tokenizer file."""
 
-    pieces: list[Piece]
+    pieces: Vocabulary
     add_space_prefix: bool
     adds_bos: bool
     algorithm: str
@@ -67,11 +69,10 @@ class SentencePieceBackend:
         self.notes = []
         if model.charsmap_bytes:
             self.notes.append(f"{path.name} normalizes text before encoding it, which llama.cpp does not")
-        self.pieces, changed = _with_added(path, model.pieces, added)
+        pieces, changed = _with_added(path, model.pieces, added)
         count = len(model.pieces)
-        self._added = {
-            p.text: count + n for n, p in enumerate(self.pieces[count:]) if p.kind == "user_defined"
-        }
+        self._added = {p.text: count + n for n, p in enumerate(pieces[count:]) if p.kind == "user_defined"}
+        self.pieces = Vocabulary(pieces)
         self._splitter = splitter(self._added)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
@@ -83,7 +84,6 @@ class SentencePieceBackend:
         self.special_ids: dict[str, int | None] = {
             role: id if 0 <= id < count else None for role, id in own.items()
         }
-        self._bytes = [_spm_bytes(piece) for piece in self.pieces]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; raises TokenizerError where the vocabulary cannot express it."""
@@ -102,7 +102,7 @@ class SentencePieceBackend:
 
     def piece_bytes(self, id: int) -> bytes:
         """UTF-8 of a piece, U+2581 being a space; one byte of a byte piece."""
-        return self._bytes[id]
+        return _spm_bytes(self.pieces, id)
 
 
 class JsonBackend:
@@ -125,16 +125,16 @@ class JsonBackend:
         self.algorithm = "byte-level-bpe" if byte_level else "bpe"
         self.add_space_prefix = not byte_level and _json_space_prefix(fields)
         declared = _json_added(path, fields, added)
-        self.pieces, _ = _with_added(path, _json_pieces(path, vocab, merges, byte_level), declared)
+        pieces, _ = _with_added(path, _json_pieces(path, vocab, merges, byte_level), declared)
         own = {token["content"] for token in fields.get("added_tokens") or []}
-        self.pieces = [
-            replace(p, kind="user_defined") if p.text in own and p.kind == "normal" else p
-            for p in self.pieces
+        pieces = [
+            replace(p, kind="user_defined") if p.text in own and p.kind == "normal" else p for p in pieces
         ]
         unk = model.get("unk_token")
         if isinstance(unk, str) and unk in vocab:
             id = self.special_ids["unk"] = vocab[unk]
-            self.pieces[id] = Piece(unk, self.pieces[id].score, "unknown")
+            pieces[id] = Piece(unk, pieces[id].score, "unknown")
+        self.pieces, self._byte_level = Vocabulary(pieces), byte_level
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         # The library raises a bare Exception for whatever it dislikes.
@@ -146,17 +146,14 @@ class JsonBackend:
         self._lock = threading.Lock()
         self._tokenizer.add_special_tokens(
             [
-                tokenizers.AddedToken(p.text, special=True, normalized=False)
-                for p in self.pieces
-                if p.kind == "control" and self._tokenizer.token_to_id(p.text) is not None
+                tokenizers.AddedToken(text, special=True, normalized=False)
+                for text in map(self.pieces.text, self.pieces.of_kinds(["control"]))
+                if self._tokenizer.token_to_id(text) is not None
             ]
         )
         with_bos: list[int] = self._tokenizer.encode("a").ids
-        self.adds_bos = bool(with_bos) and self.pieces[with_bos[0]].kind == "control"
+        self.adds_bos = bool(with_bos) and self.pieces.kind(with_bos[0]) == "control"
         self._tokenizer.encode_special_tokens = True
-        self._bytes = [
-            _byte_level_bytes(p) if byte_level and p.kind == "normal" else _spm_bytes(p) for p in self.pieces
-        ]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
@@ -166,7 +163,9 @@ class JsonBackend:
 
     def piece_bytes(self, id: int) -> bytes:
         """UTF-8 of a piece; bytes for byte pieces and byte-level alphabets."""
-        return self._bytes[id]
+        if self._byte_level and self.pieces.kind(id) == "normal":
+            return _byte_level_bytes(self.pieces.text(id))
+        return _spm_bytes(self.pieces, id)
 
 
 def splitter(texts: Iterable[str]) -> re.Pattern[str] | None:
@@ -212,10 +211,11 @@ def _with_added(path: Path, pieces: list[Piece], added: Added) -> tuple[list[Pie
     return out, changed
 
 
-def _spm_bytes(piece: Piece) -> bytes:
-    if piece.kind == "byte":
-        return bytes([int(piece.text[3:-1], 16)])
-    return piece.text.replace(_SPACE, " ").encode("utf-8")
+def _spm_bytes(pieces: Vocabulary, id: int) -> bytes:
+    text = pieces.utf8(id)
+    if pieces.kind(id) == "byte":
+        return bytes([int(text[3:-1], 16)])
+    return text.replace(_SPACE_UTF8, b" ")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -228,10 +228,10 @@ def _byte_level_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_level_alphabet()
 
 
-def _byte_level_bytes(piece: Piece) -> bytes:
-    if all(char in _ALPHABET for char in piece.text):
-        return bytes(_ALPHABET[char] for char in piece.text)
-    return piece.text.encode("utf-8")
+def _byte_level_bytes(text: str) -> bytes:
+    if all(char in _ALPHABET for char in text):
+        return bytes(_ALPHABET[char] for char in text)
+    return text.encode("utf-8", "replace")
 
 
 def _json_space_prefix(fields: dict[str, Any]) -> bool:

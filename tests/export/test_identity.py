@@ -15,7 +15,7 @@ from export.identity import identify, sampling_of
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import TokenizerError
 from fox_edge.quant import GGUF, INT4_LIMITS, Recipe, find_recipe, type_names
-from fox_edge.sentencepiece_model import Piece
+from fox_edge.vocabulary import Piece
 from tests.helpers import make_checkpoint
 
 

@@ -17,9 +17,10 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import SHAPES, FoxConfig
 from fox_edge.errors import CheckpointError, TokenizerError
 from fox_edge.new import new_checkpoint, random_rows
-from fox_edge.sentencepiece_model import Piece, SentencePieceModel
+from fox_edge.sentencepiece_model import SentencePieceModel
 from fox_edge.stand_in import stand_in_files, stand_in_pieces
 from fox_edge.tokenizer import Tokenizer
+from fox_edge.vocabulary import Piece
 from tests.helpers import PROBES, TINY, vocabulary_in_llama_cpp
 
 NANO = Path(__file__).parents[2] / "fox_edge" / "nano"
