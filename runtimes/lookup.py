@@ -38,6 +38,8 @@ _SMALL = 3
 # how many times of steps and batches are remembered.
 _MARGIN, _FORGET, _NEW_SHARE = 1.1, 256, 0.25
 _RECENT = 9
+# Steps shorter than this cannot be shortened by what watching them costs: some 0.04 ms each.
+_WORTH_WATCHING_S = 0.002
 
 
 def speculating(session: Session, options: SessionOptions) -> Session:
@@ -55,16 +57,18 @@ class History:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._after: dict[tuple[int, ...], list[int]] = {}
+        self._watching = True
 
     def append(self, tokens: Sequence[int]) -> None:
         """More tokens."""
         for token in tokens:
             self.tokens.append(int(token))
-            self._note(len(self.tokens))
+            if self._watching:
+                self._note(len(self.tokens))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
-        for end in range(len(self.tokens), length, -1):
+        for end in range(len(self.tokens), length, -1) if self._watching else ():
             for size in range(SHORTEST, min(LONGEST, end) + 1):
                 places = self._after[tuple(self.tokens[end - size : end])]
                 places.pop()
@@ -82,6 +86,10 @@ class History:
             if len(places) > 1:
                 return size, self.tokens[places[-2] : places[-2] + most]
         return 0, []
+
+    def stop_watching(self) -> None:
+        """From here on keep the tokens, and no more of them."""
+        self._after, self._watching = {}, False
 
     def _note(self, end: int) -> None:
         for size in range(SHORTEST, min(LONGEST, end) + 1):
@@ -139,6 +147,11 @@ class Worth:
             self._margin, self._saved_s = 1.5 * self._margin, None
         else:
             self._margin = max(_MARGIN, 0.9 * self._margin)
+
+    @property
+    def steps_are_short(self) -> bool:
+        """Whether there is nothing to be gained, however good the guesses."""
+        return len(self._step_s) == _RECENT and statistics.median(self._step_s) < _WORTH_WATCHING_S
 
     def guessed(self, match: int, right: int) -> None:
         """Of a guess so many tokens were right."""
@@ -205,6 +218,7 @@ class LookupSession:
         self._worth, self._greedy = Worth(), True
         self._guess: _Guess | None = None
         self._clean = 0  # so many positions of the cache are as single steps make them
+        self._plain = False  # nothing is watched any more: steps are too short to be worth it
         session.reset()
 
     @property
@@ -240,6 +254,8 @@ class LookupSession:
     def step(self, token: int) -> Logits:
         """Append one token; logits (vocab,) after it, from a batch that guessed it where there is one."""
         self.counts.steps += 1
+        if self._plain:
+            return self._unwatched(token)
         guess = self._guess
         if guess is not None and guess.takes(token):
             if guess.rows is not None:
@@ -274,6 +290,16 @@ class LookupSession:
         self._history.append((token,))
         self._clean += clean
         self.counts.singles += 1
+        if self._adaptive and clean and self._worth.steps_are_short:
+            self._plain, self._guess = True, None
+            self._history.stop_watching()
+        return logits
+
+    def _unwatched(self, token: int) -> Logits:
+        """Run a token as if there were no guessing at all."""
+        logits = self.below.step(token)
+        self._history.append((token,))
+        self.counts.singles += 1
         return logits
 
     def _batch(self, token: int) -> Logits:
@@ -284,7 +310,7 @@ class LookupSession:
         self._history.truncate(self._appended - 1)
         if not guess or not size:
             logits = self._single(token)
-            self._guess = _Guess(guess, match) if guess else None
+            self._guess = _Guess(guess, match) if guess and not self._plain else None
             return logits
         tokens = guess[:size]
         start = self._clock()

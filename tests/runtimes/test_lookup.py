@@ -177,6 +177,20 @@ def test_where_batches_cost_too_much_it_stops() -> None:
     assert below.now < 1.03 * plain.now
 
 
+def test_steps_too_short_to_gain_from_are_left_alone() -> None:
+    plain, below = Exact(step_s=0.001), Exact(step_s=0.001, batch_s=0.001)
+    session = LookupSession(below, clock=below.clock)
+    for n in range(5):  # a text that repeats, cut and begun anew in between
+        assert text(session, [1, n % VOCAB]) == text(plain, [1, n % VOCAB])
+    batches = below.batches
+    assert text(session, [3, 4]) == text(plain, [3, 4])
+    assert below.batches == batches and below.held == plain.held and session.length == plain.length
+    # Who asks for guesses gets them all the same.
+    always = LookupSession(Exact(step_s=0.001, batch_s=0.001), adaptive=False)
+    text(always, [1, 2])
+    assert always.counts.batches > 10
+
+
 def test_where_guesses_are_wrong_nothing_is_run() -> None:
     below = Exact(batch_s=1.2)
     session = LookupSession(below, clock=below.clock)
