@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.machine import machine, memory
 from benchmarks.measure import measure
 from benchmarks.processes import WorkerError, run_worker
-from benchmarks.subject import TORCH_PREFIX, Subject, open_subject
+from benchmarks.subject import Subject, open_subject
 from benchmarks.table import Column, render
 from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
@@ -62,16 +62,21 @@ class Figures:
 
 
 def choose(rows: Sequence[Figures], prefer: str) -> Figures:
-    """The best setting: of those within SLACK of the least cost, the one with the least of the other good.
+    """The best setting: of those within SLACK of the least cost, those within SLACK of the least other cost.
 
-    Speed is the other good of memory, memory that of speed; between equals the earlier one stays. What
-    changes answers must save more than SLACK.
+    Seconds are the other cost of memory, memory that of seconds; between those left the first cost decides.
+    What changes answers must save more than SLACK.
     """
     rows = [row for row in rows if row.eligible]
     limit = (1 + SLACK) * min(row.cost(prefer) for row in rows)
     near = [row for row in rows if row.cost(prefer) <= limit]
     near = [row for row in near if "kv" not in row.choices] or near
-    return min(near, key=lambda row: row.request_s if prefer == "memory" else row.peak_rss_bytes)
+
+    def other_cost(row: Figures) -> float:
+        return row.request_s if prefer == "memory" else row.peak_rss_bytes
+
+    limit = (1 + SLACK) * min(map(other_cost, near))
+    return min((row for row in near if other_cost(row) <= limit), key=lambda row: row.cost(prefer))
 
 
 @dataclass
@@ -214,9 +219,9 @@ def tune(spec: str | Path, prefer: str = "balance", budget_s: float = BUDGET_S) 
 
     Raises FoxEdgeError for what cannot be tuned, or a folder that cannot be written to.
     """
-    if str(spec).startswith(TORCH_PREFIX):
-        raise FoxEdgeError(f"{spec}: PyTorch has no choices to tune yet; artifacts have")
     subject = open_subject(spec)
+    if subject.target != subject.spec:
+        raise FoxEdgeError(f"{spec}: {subject.runtime} has no choices to tune yet; artifacts have")
     if not isinstance(subject.source, Artifact):
         raise FoxEdgeError(f"{spec}: only fox-edge's own artifacts can be tuned, not another tool's export")
     probe = Probe(subject, prefer, budget_s)
