@@ -21,16 +21,11 @@ import torch
 import export.gguf
 from export.gguf import export_gguf, interleave_heads, model_file_name
 from export.gguf_header import padded_pieces
-from export.imatrix import write_imatrix
-from export.rounding import importance_of
 from fox_edge.artifact import Artifact
-from fox_edge.calibration import MEAN_SQUARE_TOKENS, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, CheckpointError, RecipeError, TokenizerError, VerificationError
 from fox_edge.gguf_format import stored_name
-from fox_edge.nano.problems import held_out
 from fox_edge.quant import EMBEDDING, GGUF, ONNX, Recipe, find_recipe
-from runtimes.gguf_file import GgufFile
 from tests.helpers import TINY, make_checkpoint, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -371,88 +366,3 @@ def test_side_files_name_the_tokenizers_ids(tiny: Checkpoint, tmp_path: Path) ->
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 1, 0)
     assert config["torch_dtype"] == "bfloat16"
     assert config["vocab_size"] == TINY.vocab_size
-
-
-def divergence(checkpoint: Checkpoint, artifact: Artifact) -> float:
-    """Mean KL of the stored weights' model, nats, on problems that are none of the calibration's."""
-    text = "\n\n".join(f"Question: {p.question}\nAnswer: {p.answer}" for p in held_out(6))
-    tokens = torch.tensor(checkpoint.tokenizer().encode(text, bos=True)[: checkpoint.config.max_positions])
-    model = checkpoint.load_model()
-    with torch.inference_mode():
-        want = model(tokens[None])[0].log_softmax(-1)
-        file = GgufFile(artifact)
-        for name, weight in model.state_dict().items():
-            rows = weight.shape[0] if weight.dim() == 2 else 1
-            weight.copy_(torch.from_numpy(file.rows(name, 0, rows)).view_as(weight))
-        got = model(tokens[None])[0].log_softmax(-1)
-    return float((want.exp() * (want - got)).sum(-1).mean())
-
-
-@pytest.mark.parametrize(
-    ("which", "quant", "gain"),
-    [("nano", "q3_k", 0.75), ("tiny_256", "iq3_s", 0.97), ("tiny_untied", "q4_0", 0.95)],
-)
-def test_each_way_of_rounding_is_better_than_the_one_before(
-    which: str, quant: str, gain: float, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    checkpoint: Checkpoint = request.getfixturevalue(which)
-    found = {}
-    for how in ("nearest", "search", "compensated"):
-        artifact = export_gguf(checkpoint, tmp_path / how, recipe(quant), rounding=how)
-        assert artifact.manifest.recipe["rounding"] == how
-        found[how] = divergence(checkpoint, artifact)
-    assert found["search"] < 1.02 * found["nearest"]
-    assert found["compensated"] < gain * found["search"]
-
-
-def test_an_importance_matrix_is_measured_once_and_used_again(tiny_256: Checkpoint, tmp_path: Path) -> None:
-    text = read_calibration(tiny_256.tokenizer(), tiny_256.config.max_positions)
-    measured = importance_of(tiny_256, text.first(MEAN_SQUARE_TOKENS), None)
-    write_imatrix(tmp_path / "mine.gguf", measured, tiny_256.config)
-    direct = export_gguf(tiny_256, tmp_path / "direct", recipe("q2_k"), rounding="search")
-    reused = export_gguf(tiny_256, tmp_path / "reused", recipe("q2_k"), imatrix=tmp_path / "mine.gguf")
-    assert reused.model_path.read_bytes() == direct.model_path.read_bytes()
-    assert reused.manifest.recipe["imatrix"] == "mine.gguf"
-    plain = export_gguf(tiny_256, tmp_path / "plain", recipe("q2_k"), rounding="nearest")
-    assert plain.model_path.read_bytes() != direct.model_path.read_bytes()
-
-
-def test_work_that_was_cut_off_goes_on_where_it_was(
-    tiny_256: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = export_gguf(tiny_256, tmp_path / "whole", recipe("q4_k"))
-    target, rounded = tmp_path / "out", []
-
-    def cut_off(done: int, total: int) -> None:
-        if any(tmp_path.glob(".out.unfinished/step-1.npy")):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_gguf(tiny_256, target, recipe("q4_k"), progress=cut_off)
-    assert not target.exists() and not any(tmp_path.glob("*.partial"))
-    put = export.gguf.GgufTarget.put
-    monkeypatch.setattr(
-        export.gguf.GgufTarget,
-        "put",
-        lambda self, name, *rest: (rounded.append(name), put(self, name, *rest))[1],
-    )
-    again = export_gguf(tiny_256, target, recipe("q4_k"))
-    assert "going on behind layer 1 of 2" in capsys.readouterr().err
-    assert EMBEDDING not in rounded and not any(".layers.0.mlp" in name for name in rounded)
-    assert any(".layers.1.mlp" in name for name in rounded)
-    assert again.model_path.read_bytes() == whole.model_path.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
-
-
-def test_unfinished_work_of_another_kind_is_not_taken_up(
-    tiny_256: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def cut_off(done: int, total: int) -> None:
-        if any(tmp_path.glob(".out.unfinished/step-1.npy")):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_gguf(tiny_256, tmp_path / "out", recipe("q4_k"), progress=cut_off)
-    export_gguf(tiny_256, tmp_path / "out", recipe("q3_k"))
-    assert "going on" not in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
