@@ -8,6 +8,7 @@ Exit status: 0, or 2 for a user's mistake (one sentence), or 1 for a bug (traceb
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # 1 is Python's own, for a bug that escapes with its traceback.
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
+# A disk or a quota that is full, wherever that shows.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout left (`| head`); keep Python from complaining again while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()  # its reader left (`| head`)
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _close_stdout()
+        where = "" if error.filename is None else f"{error.filename}: "
+        say(f"fox-edge {args.verb}: {where}cannot be written ({error.strerror})")
+        return EXIT_MISTAKE
+
+
+def _close_stdout() -> None:
+    """Keep Python from complaining again, while it shuts down, that stdout takes nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -209,6 +223,8 @@ def _bench(args: argparse.Namespace) -> None:
         threads=args.threads,
         context=args.context,
         session=_session(args),
+        profile=args.profile,
+        baseline=args.baseline,
         command=shlex.join(["fox-edge", *args.words]),
     )
     if args.report is None:

@@ -176,6 +176,16 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         "--repeats", type=_positive, default=5, help="rounds, a fresh process each (default: 5)"
     )
     bench.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="keep to a device's threads, context and memory: laptop, phone-8gb, phone-4gb, pi5 or this",
+    )
+    bench.add_argument(
+        "--baseline",
+        metavar="FILE",
+        help="a result of bench or its report.json to compare with, not the paper's H100 (FILE#NAME: a row)",
+    )
+    bench.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
