@@ -27,12 +27,13 @@ Splits = dict[str, list[Row]]
 
 @dataclass(frozen=True)
 class HarnessSpec:
-    """One task: the harness's name, the paper's number of worked examples, and the metric that counts.
+    """One task: the harness's folder and name, the paper's number of worked examples, the metric that counts.
 
     `configuration` is the hub's (None: one per subject); `asked` and `examples` name the splits of questions
     and of worked examples. `shots_fixed`: its prompt has examples of its own, the same for everybody.
     """
 
+    folder: str
     task: str
     shots: int
     metric: str
@@ -46,19 +47,29 @@ class HarnessSpec:
 # Shots: the paper's, section 3. Metrics: the Open LLM Leaderboard's, whose set-up the paper says it follows.
 HARNESS_TASKS: dict[str, HarnessSpec] = {
     "arc-challenge": HarnessSpec(
-        "arc_challenge", 25, "acc_norm", "ARC-Challenge", "test", "train", lm_eval_data.ARC
+        "arc", "arc_challenge", 25, "acc_norm", "ARC-Challenge", "test", "train", lm_eval_data.ARC
     ),
     "hellaswag": HarnessSpec(
-        "hellaswag", 10, "acc_norm", "default", "validation", "train", lm_eval_data.HELLASWAG
+        "hellaswag", "hellaswag", 10, "acc_norm", "default", "validation", "train", lm_eval_data.HELLASWAG
     ),
     "truthfulqa": HarnessSpec(
-        "truthfulqa_mc2", 0, "acc", "multiple_choice", "validation", None, lm_eval_data.TRUTHFULQA, True
+        "truthfulqa",
+        "truthfulqa_mc2",
+        0,
+        "acc",
+        "multiple_choice",
+        "validation",
+        None,
+        lm_eval_data.TRUTHFULQA,
+        True,
     ),
-    "mmlu": HarnessSpec("mmlu", 5, "acc", None, "test", "dev", lm_eval_data.MMLU),
+    "mmlu": HarnessSpec("mmlu", "mmlu", 5, "acc", None, "test", "dev", lm_eval_data.MMLU),
     "winogrande": HarnessSpec(
-        "winogrande", 5, "acc", "winogrande_xl", "validation", "train", lm_eval_data.WINOGRANDE
+        "winogrande", "winogrande", 5, "acc", "winogrande_xl", "validation", "train", lm_eval_data.WINOGRANDE
     ),
-    "gsm8k-harness": HarnessSpec("gsm8k", 5, "exact_match", "main", "test", "train", lm_eval_data.GSM8K),
+    "gsm8k-harness": HarnessSpec(
+        "gsm8k", "gsm8k", 5, "exact_match", "main", "test", "train", lm_eval_data.GSM8K
+    ),
 }
 _STRICT, _FLEXIBLE = "strict-match", "flexible-extract"
 
@@ -187,7 +198,7 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
     """
     import time
 
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from benchmarks.lm_eval_model import FoxEdgeLM
 
@@ -206,10 +217,10 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
         )
         start = time.perf_counter()
         with contextlib.closing(model):
-            found = simple_evaluate(
-                model=model,
-                tasks=[tasks[name] for name in asked],
-                num_fewshot=None if spec.shots_fixed else job["shots"],
+            # What `simple_evaluate` does besides is to look at the machine, for many seconds.
+            found = evaluate(
+                lm=model,
+                task_dict={"tasks": {name: tasks[name] for name in asked}},
                 samples=asked,
                 bootstrap_iters=0,
             )
@@ -223,29 +234,45 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
 
 
 def load_tasks(spec: HarnessSpec, folder: Path | None, shots: int) -> dict[str, Any]:
-    """The harness's task objects by name, on local files or on the hub's."""
-    from lm_eval.tasks import TaskManager
+    """The harness's task objects by name, on local files or on the hub's, with so many worked examples."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    manager = TaskManager()
-    if folder is None:
-        try:
-            return dict(manager.load(spec.task)["tasks"])
-        # Network, proxy, cache and file failures come in many classes; the user needs the one line.
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-            raise FoxEdgeError(
-                f"the data of {spec.task} cannot be had from the hub ({reason}); "
-                "give a local folder with --data"
-            ) from None
+    tasks = _from_hub(spec) if folder is None else _on_files(spec, folder, shots)
+    for task in tasks.values():
+        if not spec.shots_fixed:
+            task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return tasks
+
+
+def _manager(spec: HarnessSpec) -> Any:
+    """The harness's index of this one task: that of all its thousands takes many seconds."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / spec.folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
+
+
+def _from_hub(spec: HarnessSpec) -> dict[str, Any]:
+    try:
+        return dict(_manager(spec).load(spec.task)["tasks"])
+    # Network, proxy, cache and file failures come in many classes; the user needs the one line.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise FoxEdgeError(
+            f"the data of {spec.task} cannot be had from the hub ({reason}); give a local folder with --data"
+        ) from None
+
+
+def _on_files(spec: HarnessSpec, folder: Path, shots: int) -> dict[str, Any]:
+    manager = _manager(spec)
     found = local_data(spec, folder, shots)
     strangers = sorted(set(found) - set(manager.all_subtasks))
     if strangers:
         raise FoxEdgeError(f"{folder}: the harness has no task '{strangers[0]}'")
-    return {
-        name: task
-        for name, splits in found.items()
-        for task in manager.load({"task": name, **_on(splits)})["tasks"].values()
-    }
+    # Only a group's members are the registered tasks with fields of their own.
+    members = [{"task": name, **_on(splits)} for name, splits in found.items()]
+    return dict(manager.load({"group": "local", "task": members})["tasks"])
 
 
 def _on(splits: Splits) -> dict[str, Any]:
