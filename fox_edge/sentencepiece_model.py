@@ -7,6 +7,7 @@ text: that is the sentencepiece library's job. No protobuf package is needed.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
 _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 40, 41, 42, 43
+# A piece as sentencepiece writes it, which is quicker to read than field by field: a text of less than 128
+# bytes, a score, and a kind unless that is the usual one.
+_USUAL_PIECE = re.compile(rb"\x0a([\x00-\x7f])(.*)\x15(.{4})(\x18[\x01-\x06])?", re.DOTALL)
+_FLOAT = struct.Struct("<f")
 _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
 
 
@@ -127,6 +132,9 @@ def _of_kind(piece: Piece, kind: str) -> Piece:
 
 
 def _parse_piece(data: int | bytes) -> Piece:
+    if isinstance(data, bytes) and (usual := _USUAL_PIECE.fullmatch(data)) and usual[1][0] == len(usual[2]):
+        (score,) = _FLOAT.unpack(usual[3])
+        return Piece(usual[2].decode("utf-8"), score, _KINDS[usual[4][1] if usual[4] else 1])
     text, score, kind = "", 0.0, 1
     for number, _, value in _fields(data):
         if number == _TEXT and isinstance(value, bytes):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from runtimes.onnx_foreign import ForeignOnnx
 
 # A tokenizer's tables per piece of the vocabulary, measured (benchmarks/memory.py).
-TOKENIZER_PIECE_BYTES = 640
+TOKENIZER_PIECE_BYTES = 220
 
 
 def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
