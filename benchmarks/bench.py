@@ -86,7 +86,7 @@ def bench(
     ceilings = _ceilings(subjects, threads, work.middle, ceilings)
     results = [_row(case, work, ceilings, page_cache) for case in cases]
     rank_rows(results)
-    notes = [note for case in cases for run in case.runs for note in run.get("notes", ())]
+    notes = [f"{c.subject.spec}: {note}" for c in cases for run in c.runs for note in run.get("notes", ())]
     return {
         "schema": SCHEMA,
         "command": command,
