@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.conditions import Noise, describe, snapshot
 from benchmarks.full_shape import write_results
-from benchmarks.intervals import paired_ratio
+from benchmarks.intervals import bootstrap_median
 from benchmarks.machine import machine
 from benchmarks.subject import open_subject
 from benchmarks.table import Column, render
@@ -103,7 +103,8 @@ def overhead(spec: str, decode_tokens: int, pairs: int, threads: int | None) -> 
     idle_bare, idle_measured = compare(Idle(session.vocab_size), prompt, decode_tokens, pairs)
     clockwork_s = max(0.0, min(idle_measured) - min(idle_bare)) / decode_tokens
     token_s = statistics.median(bare) / decode_tokens
-    interval = paired_ratio(measured, bare)
+    ratios = np.divide(measured, bare)
+    interval = bootstrap_median(list(ratios))
     return {
         "artifact": spec,
         "runtime": subject.runtime,
@@ -111,7 +112,7 @@ def overhead(spec: str, decode_tokens: int, pairs: int, threads: int | None) -> 
         "pairs": pairs,
         "decode_tokens": decode_tokens,
         "token_s": token_s,
-        "overhead_percent": 100 * (statistics.median(np.divide(measured, bare)) - 1),
+        "overhead_percent": 100 * (float(np.median(ratios)) - 1),
         "interval_percent": interval and [100 * (end - 1) for end in interval],
         "clockwork_s": clockwork_s,
         "clockwork_percent": 100 * clockwork_s / token_s,

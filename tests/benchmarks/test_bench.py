@@ -16,6 +16,7 @@ from benchmarks.rows import FIGURES, figures, rank_rows
 from benchmarks.subject import open_subject
 from benchmarks.table import WIDTH
 from fox_edge.artifact import ArtifactWriter, Manifest, TensorRecord
+from fox_edge.cli import main
 from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, FoxEdgeError
 
@@ -153,6 +154,38 @@ def test_choices_that_do_not_go_together_are_told(checkpoint):
         bench([spec], users=[1, 4], session={"speculate": "auto"})
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workload", "papr"], "no workload is named 'papr'; there are custom, paper, short, long, chat"),
+        (["--workload", "long"], "4000 tokens and 65 more do not fit a context of 512"),
+        (["--workload", "long", "--prompt-tokens", "9"], "--prompt-tokens 9 goes with --workload custom"),
+        (["--users", "1,x"], "argument --users: '1,x' is not whole numbers, like 1,4"),
+        (["--users", "4,0"], "--users: 0 is not a whole number from 1"),
+        (["--page-cache", "hot"], "invalid choice: 'hot'"),
+    ],
+)
+def test_the_user_s_words_are_answered_in_one_line(checkpoint, words, message, capsys):
+    try:
+        status = main(["bench", f"torch:{checkpoint.path}", *words])
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr().err
+    assert status == 2
+    assert message in said and said.count("\n") == 1
+
+
+def test_what_was_typed_is_kept_and_reaches_the_benchmark(checkpoint, capsys, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(bench_module, "bench", lambda artifacts, **options: asked.update(options) or {})
+    words = ["bench", "a b", "--workload", "chat", "--users", "4,1,4", "--page-cache", "cold", "--json"]
+    assert main(words) == 0
+    assert asked["command"] == "fox-edge bench 'a b' --workload chat --users 4,1,4 --page-cache cold --json"
+    assert (asked["workload"], asked["users"], asked["page_cache"]) == ("chat", [4, 1], "cold")
+    assert (asked["prompt_tokens"], asked["decode_tokens"], asked["repeats"]) == (None, None, 5)
+    assert capsys.readouterr().out == "{}\n"
+
+
 def test_a_chat_by_two_users_in_real_processes(checkpoint):
     result = bench(
         [f"torch:{checkpoint.path}"],
@@ -184,7 +217,7 @@ class Script:
     def __init__(self, speeds, dies=None):
         self.speeds, self.dies, self.order = speeds, dies, []
 
-    def __call__(self, job):
+    def __call__(self, job, **_):
         spec = job["subject"]
         self.order.append(spec[-1])
         turn = self.order.count(spec[-1]) - 1
@@ -218,7 +251,8 @@ def test_rounds_go_back_and_forth_and_paired_rounds_rank(three, monkeypatch):
     assert (row["decode_tokens_per_s"], row["samples"]["decode_tokens_per_s"]) == (100, speeds["a"])
     assert row["interval"]["decode_tokens_per_s"] == [pytest.approx(70), pytest.approx(150)]
     assert row["energy_joules_per_token"] is None
-    assert result["conditions"]["notes"].count("not quite warm") == 1
+    notes = [note for note in result["conditions"]["notes"] if "not quite warm" in note]
+    assert notes == [f"{path}: not quite warm" for path in three]  # once each, not once per round
 
 
 def test_who_cannot_be_told_apart_shares_a_rank_and_the_text_says_so(three, monkeypatch):

@@ -82,7 +82,7 @@ def test_two_runs_are_compared(checkpoint, monkeypatch):
     spec = f"torch:{checkpoint.path}"
     rates = itertools.count(100)
     run = dict.fromkeys(FIGURES, 1.0)
-    monkeypatch.setattr(bench, "run_worker", lambda job: run | {"decode_tokens_per_s": next(rates)})
+    monkeypatch.setattr(bench, "run_worker", lambda job, **_: run | {"decode_tokens_per_s": next(rates)})
     found = repeats.repeats(spec, 2, repeats=2, prompt_tokens=8, decode_tokens=2, threads=1)
     decode = found["results"][0]
     assert (decode["lowest"], decode["highest"]) == (100.5, 102.5)  # 100 and 101, then 102 and 103
