@@ -96,14 +96,15 @@ class AnswersLog:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise FoxEdgeError(f"{where}: not JSON ({error}), so not a file of answers") from None
-        artifact = fields.get(_ARTIFACT) if isinstance(fields, dict) else None
-        if isinstance(artifact, str) and isinstance(fields.get(_IDENTITY), dict):
+        fields = fields if isinstance(fields, dict) else {}
+        artifact = fields.get(_ARTIFACT) if isinstance(fields.get(_ARTIFACT), str) else None
+        if artifact is not None and isinstance(fields.get(_IDENTITY), dict):
             if fields.get("schema") != SCHEMA:
                 raise FoxEdgeError(
                     f"{where}: schema {fields.get('schema')!r}, but this version reads {SCHEMA}"
                 )
             self._identities.setdefault(artifact, fields[_IDENTITY])
-        elif artifact in self._identities and isinstance(fields.get(_QUESTION), str):
+        elif artifact is not None and artifact in self._identities and isinstance(fields.get(_QUESTION), str):
             self._answers.setdefault(artifact, {}).setdefault(fields[_QUESTION], fields)
         else:
             raise FoxEdgeError(

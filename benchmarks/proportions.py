@@ -22,6 +22,7 @@ Verdict = Literal["better", "worse", "not told apart"]
 _Z95, _Z80 = 1.959963984540054, 0.8416212335729143
 _LEVEL = 0.05
 RESAMPLES = 10_000
+_FEW = 8  # different values, up to which a bootstrap draws counts instead of questions
 _SEED = 0  # of the bootstrap and of the signs: the same answers give the same interval
 
 
@@ -176,9 +177,11 @@ def bootstrap_percent(differences: NDArray[np.float64]) -> tuple[float, float]:
     rng, n = np.random.default_rng(_SEED), len(differences)
     # Equal differences are one box of a multinomial draw: right and wrong have three, whatever n is.
     values, counts = np.unique(differences, return_counts=True)
-    means = np.concatenate(
-        [rng.multinomial(n, counts / n, size) @ values / n for size in _pieces(RESAMPLES, len(values))]
-    )
+    if len(values) <= _FEW:
+        means = rng.multinomial(n, counts / n, RESAMPLES) @ values / n
+    else:
+        pieces = _pieces(RESAMPLES, n)
+        means = np.concatenate([differences[rng.integers(0, n, (size, n))].mean(axis=1) for size in pieces])
     low, high = np.percentile(means, [2.5, 97.5])
     return 100 * float(low), 100 * float(high)
 
