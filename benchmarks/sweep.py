@@ -190,6 +190,7 @@ class _Loop:
     ) -> None:
         self._waiting, self._records, self._store, self._pool = waiting, records, store, pool
         self._total, self._done = len(waiting), 0
+        self._dead = {identity for identity, record in records.items() if "error" in record}
         self._losses: Counter[Step] = Counter()
         self._running: dict[Future[dict[str, Any]], Step] = {}
 
@@ -204,13 +205,13 @@ class _Loop:
                 self._settle(self._running.pop(future), future)
 
     def _start(self) -> None:
-        """Start what may start; drop what needs something that failed."""
+        """Start what may start; drop what needs something that failed or was dropped."""
         for step in list(self._waiting):
-            needs = [self._records.get(need) for need in step.needs]
-            if any(record is not None and "error" in record for record in needs):
+            if self._dead.intersection(step.needs):
+                self._dead.add(step.identity)
                 self._waiting.remove(step)
                 self._total -= 1
-            elif all(needs) and self._pool.fits(step):
+            elif all(need in self._records for need in step.needs) and self._pool.fits(step):
                 self._waiting.remove(step)
                 self._running[self._pool.start(step)] = step
 
@@ -231,6 +232,8 @@ class _Loop:
 
     def _keep(self, step: Step, outcome: dict[str, Any]) -> None:
         self._records[step.identity] = _kept(step, outcome, self._store)
+        if "error" in outcome:
+            self._dead.add(step.identity)
         self._done += 1
         say(f"[{self._done}/{self._total}] {_told(step, outcome)}")
 

@@ -25,7 +25,10 @@ from fox_edge.processors import available_cores
 
 _ANSWER_S = 10  # that a cluster has to answer
 _STORE_BYTES = 256 << 20  # results are small
-# A cluster's clock may be slow; its machines are looked at this often.
+# How HTTP/2 begins, on which gRPC stands: both sides send a frame of settings (RFC 9113, 3.4 and 6.5).
+_SETTINGS = b"\x04"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
+_FRAME_BYTES, _TYPE_AT = 9, 3
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):(?P<port>[0-9]{1,5})")
 
 
@@ -50,7 +53,7 @@ class RayPool:
         except BaseException:
             self.close()
             raise
-        self._do = ray.remote(max_calls=1)(do_elsewhere)
+        self._do = ray.remote(do_elsewhere)
         self._versions = versions()
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -71,7 +74,7 @@ class RayPool:
         task = self._do.options(
             name=step.label,
             num_cpus=self.threads,
-            memory=int(min(step.memory_bytes, most)),
+            memory=int(min(step.memory_bytes, most)) or None,
             max_retries=0,  # the sweep does it again, and counts
             scheduling_strategy="SPREAD",
         )
@@ -102,6 +105,8 @@ def _connect(ray: Any, address: str) -> None:
     """Join a cluster: 'auto' the one that runs on this machine, 'local' a new one, else HOST:PORT."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     own: dict[str, Any] = {}
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address  # Ray's own word for a cluster elsewhere
     if address == "local":
         own = {"num_cpus": available_cores(), "object_store_memory": _STORE_BYTES, "include_dashboard": False}
     elif address != "auto":
@@ -115,12 +120,16 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise FoxEdgeError, soon, when nobody listens there: Ray itself would wait for minutes."""
+    """Raise FoxEdgeError, soon, when nobody there speaks gRPC: Ray itself would wait for minutes."""
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise FoxEdgeError(f"'{address}' is no Ray cluster's address; say auto, local, or HOST:PORT")
     try:
-        socket.create_connection((found["host"].strip("[]"), int(found["port"])), _ANSWER_S).close()
+        with socket.create_connection((found["host"].strip("[]"), int(found["port"])), _ANSWER_S) as door:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                door.sendall(_HELLO)
+                if door.recv(_FRAME_BYTES)[_TYPE_AT : _TYPE_AT + 1] != _SETTINGS:
+                    raise OSError("what listens there is no Ray cluster")
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FoxEdgeError(f"no Ray cluster answers at '{address}' ({reason})") from None
