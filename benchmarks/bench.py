@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.baseline import baseline
 from benchmarks.bench_text import bench_text as bench_text
+from benchmarks.bounds import Bounds
 from benchmarks.conditions import Noise, describe, snapshot
+from benchmarks.fit import Needs
 from benchmarks.machine import machine
 from benchmarks.page_cache import STATES, WARM
 from benchmarks.processes import WorkerError, run_worker
@@ -43,6 +44,7 @@ class Case:
     job: dict[str, Any]
     chosen: dict[str, Any]  # threads and session, as they are opened
     runs: list[dict[str, Any]] = field(default_factory=list)
+    needs: Needs = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -62,14 +64,18 @@ def bench(
     threads: int | None = None,
     context: int | None = None,
     session: dict[str, Any] | None = None,
+    profile: str | None = None,
+    baseline: str | Path | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure artifacts (or 'torch:CHECKPOINT'): the report, with a row per artifact and number of users.
 
     `threads` None leaves the number to each runtime; `context` None opens just enough for the run; `session`
-    are more fields of SessionOptions; `command` is what a reader types to repeat it. A subject whose process
-    dies gets a row with 'error', and the others go on. Raises FoxEdgeError for a workload that is unknown, a
-    subject that is not there or whose context is too short.
+    are more fields of SessionOptions; `profile` names a device whose threads, context and memory are kept to
+    (profiles.py), `baseline` a file whose row stands in for the paper's; `command` is what a reader types to
+    repeat it. A subject that does not fit, or whose process dies, gets a row with 'error'; the others go on.
+    Raises FoxEdgeError for a workload or profile that is unknown, a file that is no baseline, a subject that
+    is not there or whose context is too short.
     """
     if page_cache not in STATES:
         raise FoxEdgeError(f"the page cache can be {' or '.join(STATES)}, not '{page_cache}'")
@@ -77,14 +83,19 @@ def bench(
     if max(users) > 1 and (session or {}).get("speculate") is not None:
         raise FoxEdgeError(f"--users {max(users)} with --speculate: guessing ahead is for one user")
     subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
-    context = context or -(-work.positions // _CONTEXT_STEP) * _CONTEXT_STEP
+    needed = -(-work.positions // _CONTEXT_STEP) * _CONTEXT_STEP
+    bounds = Bounds.choose(profile, baseline, threads, context, needed)
+    threads, context = bounds.threads, bounds.context
     cases = _cases(subjects, work, users, page_cache, threads, context, session or {})
+    _admit(cases, bounds)
     ceilings = _ceilings(subjects, threads, work.middle, {})
+    bounds.measure()
     before, noise = snapshot(), Noise(threads) if threads else Noise()
-    _rounds(cases, repeats, noise)
+    _rounds(cases, repeats, noise, bounds.cap_bytes)
     after = snapshot()
     ceilings = _ceilings(subjects, threads, work.middle, ceilings)
-    results = [_row(case, work, ceilings, page_cache) for case in cases]
+    bounds.measure()
+    results = [_row(case, work, ceilings, page_cache, bounds) for case in cases]
     rank_rows(results)
     notes = [f"{c.subject.spec}: {note}" for c in cases for run in c.runs for note in run.get("notes", ())]
     return {
@@ -103,14 +114,14 @@ def bench(
             "threads": threads,
             "context": context,
             "page_cache": page_cache,
-            "profile": None,
+            **bounds.settings(),
             "session": session or {},
         },
         "bandwidth": [
             {"buffer_bytes": size, "bytes_per_s": c.bytes_per_s, "method": c.method, "methods": c.methods}
             for size, c in ceilings.items()
         ],
-        "baseline": baseline(),
+        **bounds.to_json(),
         "results": results,
     }
 
@@ -171,7 +182,17 @@ def _ceilings(
     return found
 
 
-def _rounds(cases: Sequence[Case], repeats: int, noise: Noise) -> None:
+def _admit(cases: Sequence[Case], bounds: Bounds) -> None:
+    """Reckon what every case will take; one that does not fit the device has that sum as its only run."""
+    with Progress("reckoning memory") as progress:
+        for n, case in enumerate(cases):
+            case.needs = bounds.needs(case.subject, case.chosen["session"], case.users)
+            if refusal := bounds.refusal(case.needs):
+                case.runs.append({"error": refusal})
+            progress.update(n + 1, len(cases))
+
+
+def _rounds(cases: Sequence[Case], repeats: int, noise: Noise, cap_bytes: int | None) -> None:
     """Run every case `repeats` times: A B, B A, A B; one that failed is not tried again.
 
     A machine that slows down steadily would favour whoever goes first in every round, and what B finds may
@@ -182,21 +203,24 @@ def _rounds(cases: Sequence[Case], repeats: int, noise: Noise) -> None:
             noise.probe()
             for n, case in enumerate(cases if round_ % 2 == 0 else reversed(cases)):
                 if not case.failed:
-                    case.runs.append(_run(case))
+                    case.runs.append(_run(case, cap_bytes))
                 progress.update(round_ * len(cases) + n + 1, repeats * len(cases))
         noise.probe()
 
 
-def _run(case: Case) -> dict[str, Any]:
+def _run(case: Case, cap_bytes: int | None) -> dict[str, Any]:
     """One fresh process: its figures, or {'error': how it died}."""
     try:
-        return run_worker(case.job)
+        return run_worker(case.job, cap_bytes=cap_bytes)
     except WorkerError as error:
         return {"error": str(error)}
 
 
-def _row(case: Case, work: Workload, ceilings: dict[int, Bandwidth], page_cache: str) -> dict[str, Any]:
+def _row(
+    case: Case, work: Workload, ceilings: dict[int, Bandwidth], page_cache: str, bounds: Bounds
+) -> dict[str, Any]:
     """One result, with what it was asked to do."""
     size = buffer_bytes(case.subject.bytes_per_token(work.middle))
     asked = {"workload": work.name, "users": case.users, "page_cache": page_cache}
-    return row(case.subject, case.runs, ceilings[size], work.middle) | asked | case.chosen
+    found = row(case.subject, case.runs, ceilings[size], work.middle)
+    return found | bounds.beside(found, case.subject, work, case.needs) | asked | case.chosen

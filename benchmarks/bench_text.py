@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.bounds_text import bounds_text
 from benchmarks.conditions import conditions_text
 from benchmarks.intervals import ENOUGH_ROUNDS
 from benchmarks.table import Column, render
@@ -36,7 +37,7 @@ def bench_text(result: dict[str, Any]) -> str:
     lines += _ties(rows, result["conditions"])
     lines.append(_what(result))
     lines.append(conditions_text(result["conditions"]))
-    lines.append(_published(result["baseline"]))
+    lines += bounds_text(result)
     return "\n".join(lines)
 
 
@@ -85,10 +86,3 @@ def _what(result: dict[str, Any]) -> str:
     if settings["repeats"] < ENOUGH_ROUNDS:
         return line + f" (95 % intervals take {ENOUGH_ROUNDS}: take these for less)"
     return line
-
-
-def _published(row: dict[str, Any]) -> str:
-    return (
-        f"not ours: {row['name']}: over {row['decode_tokens_per_s']} tok/s per user, "
-        f"{row['peak_rss_bytes'] / 1e6:,.0f} MB of GPU memory ({row['source']})"
-    )

@@ -100,6 +100,13 @@ class Guard:
             self._process.kill()
 
 
+def way() -> str:
+    """How a cap is kept on this system: tried on a process that does nothing."""
+    with subprocess.Popen([sys.executable, "-c", ""], text=True) as process, Guard(process, 1 << 30) as guard:
+        process.wait()
+    return guard.way
+
+
 def most_held_bytes(pid: int) -> int | None:
     """The most resident memory that a process had, bytes; where only `ps` tells, what it has now.
 

@@ -25,8 +25,8 @@ from fox_edge.processors import available_cores
 
 # Types of numbers, from slow to fast where a processor has instructions for each.
 FLOAT32, BF16, INT8 = "float32", "bf16", "int8"
-# (rows, inner, columns) of the products: square ones that stay in a cache, and a prompt's against a matrix.
-_SHAPES = ((256, 1024, 1024), (512, 2048, 2048), (256, 2048, 8192))
+# (rows, inner, columns) of the products: small enough to stay in a cache, large enough to keep threads busy.
+_SHAPES = ((256, 1024, 1024), (512, 2048, 2048))
 _BLOCK = 256  # inputs that share a scale in a product of quantized weights: the widest, so the fastest
 
 Way: TypeAlias = Callable[[], object]

@@ -53,4 +53,4 @@ def _source(share: float | None, profile: Profile) -> str:
     bandwidth = f"{(profile.bandwidth_bytes_per_s or 0) / 1e9:.1f} GB/s published for {profile.device}"
     if share is None:
         return f"computed: {bandwidth}; nothing was measured here, so only the ceiling is known"
-    return f"computed: {bandwidth}, times the {min(share, 100):.0f} % of the ceiling reached here"
+    return f"computed: {bandwidth}, times the {min(share, 100):.3g} % of the ceiling reached here"
