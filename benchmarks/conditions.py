@@ -106,10 +106,20 @@ class EnergyMeter:
     """Joules that the processors took, where RAPL counts them and this process may read it."""
 
     def __init__(self, sys: Path = SYS) -> None:
-        self._counters = []
-        for path in sorted(sys.glob("class/powercap/*/energy_uj")):
-            if _text(path.parent / "name").startswith(_ENERGY_DOMAINS) and _number(path) is not None:
-                self._counters.append((path, _number(path.parent / "max_energy_range_uj") or 0.0))
+        named = sorted(sys.glob("class/powercap/*/energy_uj"))
+        counting = [path for path in named if _text(path.parent / "name").startswith(_ENERGY_DOMAINS)]
+        self._counters = [
+            (path, _number(path.parent / "max_energy_range_uj") or 0.0)
+            for path in counting
+            if _number(path) is not None
+        ]
+        self._refused = len(counting) - len(self._counters)
+
+    def notes(self) -> list[str]:
+        """What keeps the energy from being known, where this machine does count it."""
+        if not self._refused:
+            return []
+        return ["energy is counted here (RAPL), but only the administrator may read the counters"]
 
     def read(self) -> list[float | None]:
         """All counters, microjoules."""

@@ -30,6 +30,8 @@ FIGURES = (
     "empty_rss_bytes",
     "energy_joules_per_token",
 )
+# What one pass through the workload came to; the same in every round.
+COUNTS = ("computed_prompt_tokens", "output_tokens")
 RANKED_BY = "decode_tokens_per_s"
 
 
@@ -48,7 +50,7 @@ def row(
     }
     if "error" in runs[-1]:
         return {**known, "error": runs[-1]["error"]}
-    known |= figures(runs)
+    known |= figures(runs) | {key: runs[-1].get(key) for key in COUNTS}
     known["runs"] = len(runs)
     known["ceiling_tokens_per_s"] = ceiling.bytes_per_s / known["bytes_per_token"]
     # Of all users together: each of their tokens reads the weights anew.

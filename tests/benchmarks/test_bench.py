@@ -201,6 +201,9 @@ def test_a_chat_by_two_users_in_real_processes(checkpoint):
     assert (alone["users"], together["users"]) == (1, 2)
     assert [row["page_cache"] for row in (alone, together)] == ["cold", "cold"]
     assert alone["samples"]["total_tokens_per_s"] == [alone["total_tokens_per_s"]]
+    # 300 tokens were said in six turns; one of every answer but the last is run with the next turn.
+    assert (alone["computed_prompt_tokens"], alone["output_tokens"]) == (300 + 5, 6 * 3)
+    assert (together["computed_prompt_tokens"], together["output_tokens"]) == (2 * 305, 2 * 18)
     assert together["total_tokens_per_s"] > together["decode_tokens_per_s"]
     assert alone["interval"] == {}  # one round
     assert (alone["rank"], together["rank"]) == (1, 1)

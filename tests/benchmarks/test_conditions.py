@@ -107,8 +107,19 @@ def test_energy_is_of_packages_and_memory_counted_once(tmp_path):
     write(tmp_path / "class/powercap/intel-rapl:0", {"energy_uj": 3_500_000})
     write(tmp_path / "class/powercap/intel-rapl:0:1", {"energy_uj": 50_000})  # ran over: 8.95 J more
     assert meter.joules(before, meter.read()) == pytest.approx(2.5 + 8.95)
+    assert meter.notes() == []
     (tmp_path / "class/powercap/intel-rapl:0/energy_uj").unlink()
     assert meter.joules(before, meter.read()) is None
+
+
+def test_counters_that_may_not_be_read_are_said_to_be_there(tmp_path):
+    write(tmp_path / "class/powercap/intel-rapl:0", {"name": "package-0"})
+    (tmp_path / "class/powercap/intel-rapl:0/energy_uj").mkdir()  # root may read any file, but no folder
+    meter = EnergyMeter(tmp_path)
+    assert meter.joules(meter.read(), meter.read()) is None
+    assert meter.notes() == [
+        "energy is counted here (RAPL), but only the administrator may read the counters"
+    ]
 
 
 QUIET = Snapshot("performance", 3e9, 50.0, 0.1, Ticks(10.0, 0.0, 5.0, 100.0))
