@@ -323,7 +323,7 @@ def _gguf_preset(name: str, body: str, parts: str, limits: Limits = INT4_LIMITS)
 PRESETS: dict[tuple[str, str], Recipe] = {
     (GGUF, "int8"): _gguf_preset("int8", "q8_0", "", INT8_LIMITS),
     (GGUF, "laptop"): _gguf_preset("laptop", "q4_0", "tied q8_0, kv q8_0, ends q8_0"),
-    (GGUF, "int4"): _gguf_preset("int4", "q4_0", "tied q6_k, kv q5_0, ends q8_0"),
+    (GGUF, "int4"): _gguf_preset("int4", "q4_0", "tied q6_k, kv q5_0, ends q5_0"),
     (GGUF, "phone"): _gguf_preset("phone", "q3_k", "tied q5_k, kv q5_0, ends q8_0, edges q4_k, down iq4_nl"),
     (GGUF, "tiny"): _gguf_preset(
         "tiny", "q2_k", "tied q5_k, kv q4_0, ends q5_0, edges q4_k", Limits(mean_kl_nats=0.3, greedy_tokens=0)
