@@ -12,7 +12,7 @@ import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,14 +147,12 @@ def _do_steps(
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The records of all steps that can be done, by identity, and how many of them were there before."""
     records = {step.identity: found for step in steps if (found := _done(step, store, retry))}
-    waiting = [step for step in steps if step.identity not in records]
-    needed = {need for step in waiting for need in step.needs}
-    # What others only build on need not be there when they are done.
-    waiting = [step for step in waiting if step.kind != "hidden" or step.identity in needed]
+    failed = {identity for identity, record in records.items() if "error" in record}
+    waiting = [s for s in steps if s.identity not in records and not failed.intersection(s.needs)]
     taken = len(records)
     if taken:
-        say(f"{taken} steps were done before and are taken; {len(waiting)} are to do")
-    if waiting:
+        say(f"{taken} steps were done before and are taken")
+    if any(step.kind != "hidden" for step in waiting):
         with contextlib.closing(_pool(asked, store, ray)) as pool:
             _Loop(waiting, records, store, pool).run()
     return records, taken
@@ -195,9 +193,11 @@ class _Loop:
         self._running: dict[Future[dict[str, Any]], Step] = {}
 
     def run(self) -> None:
-        """Until nothing waits and nothing runs."""
-        while self._waiting or self._running:
+        """Until nothing runs, and nothing that waits may start."""
+        while True:
             self._start()
+            if not self._running:
+                break  # what still waits, nobody has a use for
             ended, _ = wait(self._running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
             if not ended:
                 self._pool.check()
@@ -211,9 +211,21 @@ class _Loop:
                 self._dead.add(step.identity)
                 self._waiting.remove(step)
                 self._total -= 1
-            elif all(need in self._records for need in step.needs) and self._pool.fits(step):
+            elif self._may_start(step) and self._pool.fits(step):
                 self._waiting.remove(step)
                 self._running[self._pool.start(step)] = step
+
+    def _may_start(self, step: Step) -> bool:
+        """Whether what it needs is there, and somebody has a use for it."""
+        return self._has(step.needs) and (step.kind != "hidden" or self._is_wanted(step.identity))
+
+    def _is_wanted(self, identity: str) -> bool:
+        """Whether a step lacks nothing but this one, which is of no use in itself."""
+        users = [step.needs for step in self._waiting if identity in step.needs]
+        return any(self._has(need for need in needs if need != identity) for needs in users)
+
+    def _has(self, needs: Iterable[str]) -> bool:
+        return all(need in self._records and need not in self._dead for need in needs)
 
     def _settle(self, step: Step, future: Future[dict[str, Any]]) -> None:
         error = future.exception()

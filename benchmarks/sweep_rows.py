@@ -221,7 +221,7 @@ def sweep_text(result: Mapping[str, Any]) -> str:
     lines = [render(shown, rows)]
     lines += [f"{failure['step']}: {failure['error']}" for failure in result["failures"]]
     if result["failures"]:
-        lines.append(f"{len(result['failures'])} steps failed; --retry tries them again")
+        lines.append(f"failed: {len(result['failures'])}; --retry tries again")
     lines.append(
         f"{result['steps']['total']} steps, {result['steps']['taken']} done before; in {result['out']}"
     )
