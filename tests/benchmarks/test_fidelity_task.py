@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -15,6 +16,7 @@ from benchmarks.fidelity_task import evaluate_fidelity, fidelity_text
 from benchmarks.processes import WorkerError
 from benchmarks.texts import read_windows
 from export.gguf import export_gguf
+from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
 from fox_edge.quant import find_recipe
 from runtimes.base import SessionOptions, open_session
@@ -183,3 +185,42 @@ def test_hidden_states_that_do_not_fit_on_the_disk_are_one_sentence(checkpoint, 
     # Positions 4 to 6 of one window, 64 columns of float32.
     with pytest.raises(FoxEdgeError, match="cannot hold 768 bytes of hidden states"):
         fidelity_job.run_reference_job(job, lambda done, total: None)
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def test_the_verb_prints_the_report(here, checkpoint, artifact, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a fox has dens. " * 40)
+    asked = ["eval", str(artifact.path), "--task", "fidelity", "--checkpoint", str(checkpoint.path)]
+    asked += ["--text", str(text), "--tokens", "40", "--window", "20", "--threads", "1", "--no-cache"]
+    assert main([*asked, "--score-from", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == {
+        "source": "text.txt",
+        "tokens": 40,
+        "windows": 2,
+        "window": 20,
+        "scored_from": 0,
+        "scored_per_window": 19,
+    }
+    assert found["results"][0]["artifact"] == str(artifact.path)
+    assert found["results"][0]["curve"][0]["from"] == 0
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "2 windows of 20, 9 predictions of each, from position 10 on" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--task", "fidelity"], "--task fidelity compares with --checkpoint; give one"),
+        (["--text", "x.txt"], "--text is for --task fidelity, not gsm8k"),
+        (["--task", "word-problems", "--score-from", "3"], "--score-from is for --task fidelity, not word-p"),
+        (["--task", "fidelty"], "unknown task 'fidelty'; known: .*fidelity"),
+    ],
+)
+def test_words_that_do_not_go_together_are_one_sentence(artifact, capsys, words, sentence):
+    assert main(["eval", str(artifact.path), *words]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
