@@ -200,9 +200,9 @@ def pair(rows: Sequence[dict[str, Any]]) -> None:
     for row in whole:
         row["paired_with"] = row["paired_p"] = row["paired"] = None
         if reference is not None and row is not reference:
-            pair = compare(_scores(reference), _scores(row)).to_json()
-            row["paired"] = {"with": reference["artifact"], **pair}
-            row["paired_with"], row["paired_p"] = reference["artifact"], pair["p"]
+            found = compare(_scores(reference), _scores(row)).to_json()
+            row["paired"] = {"with": reference["artifact"], **found}
+            row["paired_with"], row["paired_p"] = reference["artifact"], found["p"]
 
 
 def _scores(row: dict[str, Any]) -> list[float]:
@@ -256,12 +256,14 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def _unsettled(row: dict[str, Any]) -> str | None:
     """What it would take to tell two apart that these questions do not."""
-    pair = row["paired"]
-    if pair["verdict"] != "not told apart":
+    paired = row["paired"]
+    if paired["verdict"] != "not told apart":
         return None
-    if pair["questions_to_settle"] is None:
-        return f"{row['artifact']}: as many right as {pair['with']}; more questions may or may not part them"
+    if paired["questions_to_settle"] is None:
+        return (
+            f"{row['artifact']}: as many right as {paired['with']}; more questions may or may not part them"
+        )
     return (
-        f"{row['artifact']}: about {pair['questions_to_settle']:,} more questions would settle a difference "
-        f"of {pair['difference_percent']:+.1f} points (80 % power)"
+        f"{row['artifact']}: about {paired['questions_to_settle']:,} more questions would settle a "
+        f"difference of {paired['difference_percent']:+.1f} points (80 % power)"
     )

@@ -1,0 +1,161 @@
+"""What running the worked examples once is worth: GSM8K with and without reuse, the same questions.
+
+    python -m benchmarks.prefix_gain ARTIFACT... --data test.jsonl --train train.jsonl --results FILE
+
+Every artifact answers the questions twice in processes of their own, in turn, as often as `--repeats` says:
+once with the keys and values of the worked examples kept, once with every prompt run whole. Knows jobs and
+clocks; how an answer is made is answer.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gsm8k import judge
+from benchmarks.machine import machine
+from benchmarks.processes import run_worker
+from benchmarks.subject import open_subject
+from benchmarks.table import Column, render
+from benchmarks.tasks import Task, TaskOptions, make_task
+from fox_edge.errors import FoxEdgeError
+from fox_edge.progress import Progress, say
+
+TARGET = 3.0  # times faster, GSM8K 5-shot, 100 questions
+WAYS = ("reused", "whole")
+
+
+def prefix_gain(
+    artifacts: Sequence[str],
+    options: TaskOptions,
+    *,
+    max_tokens: int | None,
+    repeats: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """The report: per artifact medians of both ways, and how many times faster the reuse is.
+
+    Raises FoxEdgeError for files, artifacts and numbers that cannot be.
+    """
+    task = make_task("gsm8k", options)
+    if not task.shots:
+        raise FoxEdgeError("without worked examples there is nothing to reuse")
+    rows, runs = [], 2 * repeats * len(artifacts)
+    with Progress("asking with and without reuse") as progress:
+        for n, spec in enumerate(artifacts):
+            open_subject(spec)  # a word that names nothing is told before anything is run
+            rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+            for turn in range(2 * repeats):
+                way = WAYS[turn % 2]
+                rounds[way].append(_run(spec, task, way, max_tokens, threads))
+                progress.update(2 * repeats * n + turn + 1, runs)
+            rows.append(_row(spec, task, rounds))
+    return {
+        "command": " ".join(["python -m benchmarks.prefix_gain", *sys.argv[1:]]),
+        "machine": machine(),
+        "task": task.description,
+        "n": len(task.ids),
+        "question_ids": task.ids,
+        "repeats": repeats,
+        "max_tokens": max_tokens or task.max_tokens,
+        "target": TARGET,
+        "results": rows,
+    }
+
+
+def _run(spec: str, task: Task, way: str, max_tokens: int | None, threads: int | None) -> dict[str, Any]:
+    """All answers of one way, from a fresh process."""
+    job = {
+        "task": "answer",
+        "subject": spec,
+        "threads": threads,
+        "prompts": task.prompts,
+        "shared": task.shared if way == "reused" else "",
+        "max_tokens": max_tokens or task.max_tokens,
+        "stop_texts": task.stop_texts,
+    }
+    return run_worker(job)
+
+
+def _row(spec: str, task: Task, rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"artifact": spec}
+    for way, results in rounds.items():
+        answers = results[0]["answers"]
+        row[way] = {
+            "seconds": statistics.median(result["seconds"] for result in results),
+            "prompt_s": statistics.median(sum(a["first_token_s"] for a in r["answers"]) for r in results),
+            "prompt_tokens_run": sum(a["prompt_tokens"] - a["reused_tokens"] for a in answers),
+            "answer_tokens": sum(a["answer_tokens"] for a in answers),
+            "correct": sum(
+                judge(a["text"], want)["right"] for a, want in zip(answers, task.expected, strict=True)
+            ),
+        }
+    reused, whole = row["reused"], row["whole"]
+    row["times_faster"] = whole["seconds"] / reused["seconds"]
+    row["prompt_times_faster"] = whole["prompt_s"] / reused["prompt_s"]
+    row["reached"] = row["times_faster"] >= TARGET
+    return row
+
+
+COLUMNS = (
+    Column("artifact", "artifact"),
+    Column("whole, s", "whole_s", "{:,.1f}"),
+    Column("reused, s", "reused_s", "{:,.1f}"),
+    Column("times faster", "times_faster", "{:.2f}"),
+    Column("prompts alone", "prompt_times_faster", "{:.2f}"),
+    Column("prompt tokens run", "tokens", "{:s}"),
+    Column("answer tokens", "answers", "{:,d}"),
+)
+
+
+def prefix_gain_text(result: dict[str, Any]) -> str:
+    """The report as a table for a person."""
+    rows = [
+        {
+            **row,
+            "whole_s": row["whole"]["seconds"],
+            "reused_s": row["reused"]["seconds"],
+            "tokens": f"{row['whole']['prompt_tokens_run']:,} / {row['reused']['prompt_tokens_run']:,}",
+            "answers": row["reused"]["answer_tokens"],
+        }
+        for row in result["results"]
+    ]
+    return f"{result['n']} questions: {result['task']}\n{render(COLUMNS, rows)}"
+
+
+def main() -> int:
+    """Measure and write the results file; 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description="GSM8K with and without reuse of the worked examples.")
+    parser.add_argument("artifact", nargs="+", help="artifacts, or torch:CHECKPOINT")
+    parser.add_argument("--data", type=Path, required=True, help="GSM8K's test.jsonl")
+    parser.add_argument("--train", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: GSM8K's 320)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=Path, help="write the report there, as JSON")
+    args = parser.parse_args()
+    try:
+        if min(args.questions, args.repeats, args.max_tokens or 1) < 1:
+            raise FoxEdgeError("questions, repeats and tokens are numbers from 1")
+        options = TaskOptions(args.questions, args.shots, args.data, args.train)
+        result = prefix_gain(
+            args.artifact, options, max_tokens=args.max_tokens, repeats=args.repeats, threads=args.threads
+        )
+        if args.results:
+            args.results.write_text(json.dumps(result, indent=1) + "\n")
+    except FoxEdgeError as error:
+        say(f"prefix_gain: {error}")
+        return 2
+    print(prefix_gain_text(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
