@@ -19,7 +19,8 @@ Row = Mapping[str, Any]
 # An export further than this from the reference has lost too much: the limit that `fox-edge export` sets its
 # own 4-bit models.
 KL_LIMIT_NATS = 0.1
-# Projections have no interval. One that is nearer than this to another is the same to us.
+# A projection is no nearer to the truth than this, whatever the interval of the measurement under it: two
+# that differ by less are the same to us.
 PROJECTED_TIE = 0.05
 _Z95 = 1.959963984540054
 
@@ -88,7 +89,11 @@ def _candidate(row: Row, profile: Row, settings: Mapping[str, Any]) -> _Candidat
     name = profile["name"]
     projection = next((p for p in row.get("projections") or () if p.get("profile") == name), None)
     if projection is not None and projection.get("decode_tokens_per_s"):
-        return _Candidate(row, needed, projection["decode_tokens_per_s"], None, True)
+        speed, measured = projection["decode_tokens_per_s"], row.get("decode_tokens_per_s")
+        between = interval_of(row, "decode_tokens_per_s")
+        if between and measured:  # what is not told apart here is not told apart there
+            between = (between[0] * speed / measured, between[1] * speed / measured)
+        return _Candidate(row, needed, speed, between, True)
     if not _measured_on(row, profile):
         return _Candidate(row, needed, None, None, True)
     speed = row.get("decode_tokens_per_s")
@@ -174,12 +179,16 @@ def _slower(candidate: _Candidate, fastest: _Candidate) -> bool:
     """Whether it is known to be slower; a speed that nobody knows is not known to be."""
     if candidate.speed is None or fastest.speed is None:
         return fastest.speed is not None
-    shared = fastest.row.get("rank_shared_with")
-    if not candidate.projected and shared is not None:
-        return candidate.row["artifact"] not in shared
-    if candidate.between and fastest.between:
-        return candidate.between[1] < fastest.between[0]
-    return candidate.speed < (1 - PROJECTED_TIE) * fastest.speed
+    if 1 in (candidate.row.get("runs"), fastest.row.get("runs")):
+        return False  # one round tells nothing
+    if candidate.row["artifact"] in (fastest.row.get("rank_shared_with") or ()):
+        return False
+    if not candidate.projected and fastest.row.get("rank") is not None:
+        return True
+    if candidate.between and fastest.between and candidate.between[1] >= fastest.between[0]:
+        return False
+    known = not candidate.projected and candidate.between and fastest.between
+    return bool(known) or candidate.speed < (1 - PROJECTED_TIE) * fastest.speed
 
 
 def _further(candidate: _Candidate, closest: _Candidate) -> bool:

@@ -20,6 +20,7 @@ from benchmarks.checks import LOGIT_TOKENS
 from benchmarks.evaluate import evaluate
 from benchmarks.fidelity import compare, reference_text
 from benchmarks.findings import findings
+from benchmarks.profiles import PROFILES
 from benchmarks.reference import ReferenceScorer
 from benchmarks.report import make_report, need_folder, report_text, write_report
 from benchmarks.subject import TORCH_PREFIX, open_subject
@@ -76,6 +77,7 @@ def demo(
         names=names | {reference: "PyTorch BF16"},
         fidelity=fidelity,
         evaluations=[graded],
+        profiles=[profile.to_json() for profile in PROFILES.values()],
         answers=answers,
         question=QUESTION,
         commands=commands,

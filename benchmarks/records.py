@@ -256,9 +256,7 @@ def is_number(value: Any) -> bool:
 
 
 def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
-    )
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
 
 
 _TESTS = {

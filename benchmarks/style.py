@@ -10,7 +10,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1160px;margin:0 auto;padding:40px 20px 64px}
+main{max-width:1160px;margin:0 auto;padding:40px 20px 64px;overflow-wrap:anywhere}
 h1{font-size:clamp(1.5rem,4.5vw,2.1rem);line-height:1.2;margin:0 0 6px;letter-spacing:-.015em;
 overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:48px 0 12px}
@@ -36,7 +36,7 @@ font-weight:600}
 .stands{margin:2px 0 0;color:var(--soft);font-size:.8rem}.stands:empty{display:none}
 .why{margin:0;font-size:.92rem;line-height:1.5}
 .scroll{overflow-x:auto;margin:12px 0 0}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{overflow-wrap:normal;border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:9px 8px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;
 vertical-align:top}
 thead th{color:var(--soft);font-weight:500;font-size:.8rem;white-space:normal;vertical-align:bottom;
@@ -85,6 +85,7 @@ blockquote{margin:0 0 16px;padding:2px 0 2px 16px;border-left:3px solid var(--on
 overflow-wrap:anywhere}
 dl{margin:0}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px 28px}
+.answers div,.card{min-width:0}
 .answers dt{font-weight:600;font-size:.9rem}
 .answers dd{margin:4px 0 0;padding:10px 14px;background:var(--panel);border-radius:6px;white-space:pre-wrap;
 overflow-wrap:anywhere}

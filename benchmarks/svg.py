@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH = 400
-_CHARACTER = 6.7  # an average character of the labels, units of the drawing
+_CHARACTER = 7.4  # a wide character of the labels, units of the drawing
 _LABEL_HEIGHT = 15
+_LABEL_MOST = 150  # a longer name is cut: there must be a place for it on one side of its point
 # Where a label is tried, units above or below its point: first beside it, then further and further off.
 _LABEL_SHIFTS = (0, -15, 15, -30, 30, -45, 45, -60, 60, -75, 75, -90, 90)
 _BAR, _BAR_STEP = 13, 40
@@ -103,7 +104,7 @@ def labels(places: Sequence[tuple[float, float]], names: Sequence[str], left: fl
     taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in places]
     parts = []
     for (px, py), full in zip(places, names, strict=True):
-        name = shortened(full, WIDTH - left - 20)
+        name = shortened(full, _LABEL_MOST)
         wide = width_of(name)
         options = [
             (tx, py + 4 + dy) for dy in _LABEL_SHIFTS for tx in (px + 10, px - 10 - wide, px - wide / 2)
@@ -173,7 +174,9 @@ def bars(rows: Sequence[Bar], scale: Scale, title: str) -> str:
         x, y = scale.x(value), 11 + 15 * n
         anchor = "end" if x > WIDTH / 2 else "start"
         parts.append(line(x, y - 9, x, bottom, "cap"))
-        parts.append(text(x + (-5 if anchor == "end" else 5), y, name, "cap-name", anchor))
+        parts.append(
+            text(x + (-5 if anchor == "end" else 5), y, shortened(name, WIDTH / 2 - 10), "cap-name", anchor)
+        )
     for n, row in enumerate(rows):
         parts += _bar(row, head + n * _BAR_STEP, scale)
     return drawing(bottom + 22, title, parts)

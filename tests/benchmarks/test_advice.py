@@ -122,6 +122,23 @@ def test_ranks_that_the_bench_shares_are_believed() -> None:
     assert advice(fast | {"rank_shared_with": []}, close, profile=THIS)[0] == "fast"
 
 
+def test_projections_of_what_is_not_told_apart_here_are_not_told_apart_there() -> None:
+    fast = row("fast", 900, 30, 0.02, interval={"decode_tokens_per_s": [24, 36]})
+    slow = row("slow", 900, 20, 0.01, interval={"decode_tokens_per_s": [16, 25]})
+    assert advice(fast, slow)[0] == "slow"
+    slow["interval"]["decode_tokens_per_s"] = [19, 21]
+    assert advice(fast, slow)[0] == "fast"
+    assert advice(fast | {"rank": 1, "rank_shared_with": ["out/slow"]}, slow)[0] == "slow"
+
+
+def test_one_round_tells_no_speeds_apart() -> None:
+    fast, slow = (
+        row("fast", 900, 60, 0.02, runs=1, rank=None, rank_shared_with=[]),
+        row("slow", 900, 20, 0.01),
+    )
+    assert advice(fast, slow)[0] == advice(fast, slow, profile=THIS)[0] == "slow"
+
+
 def test_a_device_that_nobody_projected_gets_no_speed_from_this_machine() -> None:
     name, sentence = advice(row("a", 900, None, 0.02, decode_tokens_per_s=99.0))
     assert name == "a" and "99" not in sentence and "a speed there that nobody knows" in sentence
