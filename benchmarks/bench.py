@@ -32,6 +32,8 @@ from runtimes.tuning import with_tuning
 
 SCHEMA = 2
 REPEATS = 5
+# Far more than share a laptop; their prompts are made before anything runs.
+MOST_USERS = 256
 _CONTEXT_STEP = 256
 
 
@@ -77,11 +79,8 @@ def bench(
     Raises FoxEdgeError for a workload or profile that is unknown, a file that is no baseline, a subject that
     is not there or whose context is too short.
     """
-    if page_cache not in STATES:
-        raise FoxEdgeError(f"the page cache can be {' or '.join(STATES)}, not '{page_cache}'")
     work = find_workload(workload, prompt_tokens, decode_tokens)
-    if max(users) > 1 and (session or {}).get("speculate") is not None:
-        raise FoxEdgeError(f"--users {max(users)} with --speculate: guessing ahead is for one user")
+    _check(users, page_cache, session or {})
     subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
     needed = -(-work.positions // _CONTEXT_STEP) * _CONTEXT_STEP
     bounds = Bounds.choose(profile, baseline, threads, context, needed)
@@ -124,6 +123,16 @@ def bench(
         **bounds.to_json(),
         "results": results,
     }
+
+
+def _check(users: Sequence[int], page_cache: str, session: dict[str, Any]) -> None:
+    """Raises FoxEdgeError for choices that there are not, or that do not go together."""
+    if page_cache not in STATES:
+        raise FoxEdgeError(f"the page cache can be {' or '.join(STATES)}, not '{page_cache}'")
+    if not users or not 1 <= min(users) <= max(users) <= MOST_USERS:
+        raise FoxEdgeError(f"--users {','.join(map(str, users))}: from 1 to {MOST_USERS} at once")
+    if max(users) > 1 and session.get("speculate") is not None:
+        raise FoxEdgeError(f"--users {max(users)} with --speculate: guessing ahead is for one user")
 
 
 def _cases(

@@ -53,3 +53,25 @@ def nano_gguf(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("artifacts") / "nano-gguf"
     return export_gguf(Checkpoint.open("nano"), folder, find_recipe(GGUF, "int8"), verify=None, threads=1)
+
+
+@pytest.fixture
+def known_machine(monkeypatch):
+    """A machine whose bandwidth is known, and that reckons neither operations nor memory."""
+    from benchmarks import bench, bounds
+    from benchmarks.roofline import Bandwidth
+
+    ceiling = Bandwidth(1e9, "said", 1 << 20, 1, {"said": 1e9})
+    monkeypatch.setattr(bench, "read_bandwidth", lambda *_, **__: ceiling)
+    monkeypatch.setattr(bounds, "measure_compute", lambda *_: [])
+    monkeypatch.setattr(bounds, "needs_of", lambda *_: {})
+
+
+@pytest.fixture(scope="session")
+def nano_onnx(tmp_path_factory):
+    """The embedded model as an int8 ONNX artifact; not to be written to."""
+    from export.onnx import export_onnx
+    from fox_edge.quant import ONNX, find_recipe
+
+    folder = tmp_path_factory.mktemp("artifacts") / "nano-onnx"
+    return export_onnx(Checkpoint.open("nano"), folder, find_recipe(ONNX, "int8"), verify=None, threads=1)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from benchmarks import bench as bench_module
 from benchmarks import measure
 from benchmarks.bench import bench, bench_text
 from benchmarks.processes import WorkerError, run_worker
-from benchmarks.roofline import Bandwidth
 from benchmarks.rows import FIGURES, figures, rank_rows
 from benchmarks.subject import open_subject
 from benchmarks.table import WIDTH
@@ -19,6 +17,8 @@ from fox_edge.artifact import ArtifactWriter, Manifest, TensorRecord
 from fox_edge.cli import main
 from fox_edge.config import FoxConfig
 from fox_edge.errors import CheckpointError, FoxEdgeError
+
+from .fake_session import Clock, FakeSession
 
 KEYS = [
     "artifact",
@@ -162,6 +162,7 @@ def test_choices_that_do_not_go_together_are_told(checkpoint):
         (["--workload", "long", "--prompt-tokens", "9"], "--prompt-tokens 9 goes with --workload custom"),
         (["--users", "1,x"], "argument --users: '1,x' is not whole numbers, like 1,4"),
         (["--users", "4,0"], "--users: 0 is not a whole number from 1"),
+        (["--users", "1,257"], "--users 1,257: from 1 to 256 at once"),
         (["--page-cache", "hot"], "invalid choice: 'hot'"),
     ],
 )
@@ -186,27 +187,24 @@ def test_what_was_typed_is_kept_and_reaches_the_benchmark(checkpoint, capsys, mo
     assert capsys.readouterr().out == "{}\n"
 
 
-def test_a_chat_by_two_users_in_real_processes(checkpoint):
+def test_a_chat_by_two_users_in_real_processes(checkpoint, known_machine):
     result = bench(
         [f"torch:{checkpoint.path}"],
         workload="chat",
         decode_tokens=2,
-        users=[1, 2],
+        users=[2],
         page_cache="cold",
         repeats=1,
         threads=1,
         command="fox-edge bench x",
     )
-    alone, together = result["results"]
-    assert (alone["users"], together["users"]) == (1, 2)
-    assert [row["page_cache"] for row in (alone, together)] == ["cold", "cold"]
-    assert alone["samples"]["total_tokens_per_s"] == [alone["total_tokens_per_s"]]
+    (row,) = result["results"]
+    assert (row["users"], row["page_cache"], row["rank"]) == (2, "cold", 1)
+    assert row["total_tokens_per_s"] > row["decode_tokens_per_s"]
+    assert row["samples"]["total_tokens_per_s"] == [row["total_tokens_per_s"]]
+    assert row["interval"] == {}  # one round
     # 300 tokens were said in six turns; one of every answer but the last is run with the next turn.
-    assert (alone["computed_prompt_tokens"], alone["output_tokens"]) == (300 + 5, 6 * 3)
-    assert (together["computed_prompt_tokens"], together["output_tokens"]) == (2 * 305, 2 * 18)
-    assert together["total_tokens_per_s"] > together["decode_tokens_per_s"]
-    assert alone["interval"] == {}  # one round
-    assert (alone["rank"], together["rank"]) == (1, 1)
+    assert (row["computed_prompt_tokens"], row["output_tokens"]) == (2 * (300 + 5), 2 * 6 * 3)
     assert result["command"] == "fox-edge bench x"
     text = bench_text(result)
     assert "chat: 6 turns of 50 tokens on average, 2 out; page cache cold" in text
@@ -233,10 +231,8 @@ class Script:
 
 
 @pytest.fixture
-def three(checkpoint, tmp_path, monkeypatch):
-    """Three artifacts on a machine whose bandwidth needs no measuring."""
-    ceiling = Bandwidth(1e9, "said", 1 << 20, 1, {"said": 1e9})
-    monkeypatch.setattr(bench_module, "read_bandwidth", lambda *_, **__: ceiling)
+def three(checkpoint, tmp_path, known_machine):
+    """Three artifacts on a machine that needs no measuring."""
     return [write_artifact(tmp_path / name, checkpoint).path for name in "abc"]
 
 
@@ -312,33 +308,20 @@ def test_an_untied_embedding_is_read_one_row_per_token(tmp_path):
     assert subject.bytes_per_token(0) == 2 * untied.config.num_parameters() - unread
 
 
-def test_timing_counts_what_it_says(monkeypatch):
-    class Slow:
-        """20 ms for a prompt, 5 ms for a token."""
-
-        length, context, vocab_size = 0, 100, 4
-        steps = 0
-
-        def reset(self):
-            self.steps = 0
-
-        def prefill(self, tokens):
-            time.sleep(0.02)
-            return np.arange(4, dtype=np.float32)
-
-        def step(self, token):
-            self.steps += 1
-            time.sleep(0.005)
-            return np.arange(4, dtype=np.float32)
-
+def test_passes_are_repeated_until_enough_time_was_measured(monkeypatch):
     monkeypatch.setattr(measure, "MEASURE_S", 0.1)
-    session = Slow()
-    found = measure.measure(session, [1] * 10, 8)
-    assert session.steps == 8
-    assert 250 < found["prompt_tokens_per_s"] <= 500
-    assert 100 < found["decode_tokens_per_s"] <= 200
-    assert 0.02 <= found["time_to_first_token_s"] < 0.04
-    assert 1 < found["passes"] <= 5
+    clock = Clock()
+    session = FakeSession(clock, token_s=0.002, steps_s=(0.005,))  # a pass: 20 ms and 8 times 5 ms
+    found = measure.measure_waves([session], [[[[1] * 10]]], 8, clock)
+    assert found["passes"] == 2
+    assert sum(what == "step" for _, what, _ in session.log) == 4 + 2 * 8  # four to warm up
+    assert found["prompt_tokens_per_s"] == pytest.approx(500)
+    assert found["decode_tokens_per_s"] == pytest.approx(200)
+    assert found["time_to_first_token_s"] == pytest.approx(0.02)
+    fast = FakeSession(clock, token_s=1e-6, steps_s=(1e-6,))
+    assert measure.measure_waves([fast], [[[[1]]]], 1, clock)["passes"] == measure.MAX_PASSES
+    slow = FakeSession(clock, token_s=1.0, steps_s=(1.0,))
+    assert measure.measure_waves([slow], [[[[1]]]], 1, clock)["passes"] == 1
 
 
 def python(code: str) -> list[str]:

@@ -78,7 +78,7 @@ def test_a_summary_by_hand():
     assert line["width_percent"] == pytest.approx(100 * 4 / 103)
 
 
-def test_two_runs_are_compared(checkpoint, monkeypatch):
+def test_two_runs_are_compared(checkpoint, known_machine, monkeypatch):
     spec = f"torch:{checkpoint.path}"
     rates = itertools.count(100)
     run = dict.fromkeys(FIGURES, 1.0)
