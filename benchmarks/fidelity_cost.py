@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity_job import session_logits
-from benchmarks.fidelity_task import evaluate_fidelity
 from benchmarks.full_shape import fox_edge, write_results
 from benchmarks.machine import machine, peak_rss_bytes
 from benchmarks.processes import run_worker
 from benchmarks.subject import open_subject
 from benchmarks.table import Column, render
 from benchmarks.texts import Windows, read_windows
-from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from runtimes.base import SCORE_CHUNK, SessionOptions
@@ -67,6 +65,8 @@ def _whole(job: dict[str, Any], text: Windows) -> float:
     """The reference with all its weights in memory in float32, window by window."""
     import torch
 
+    from fox_edge.checkpoint import Checkpoint
+
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
     model = Checkpoint.open(job["checkpoint"]).load_model(torch.float32)
@@ -97,13 +97,9 @@ def round_of(checkpoint: str, artifact: str, text: Windows, threads: int | None)
     reference = run_worker({**job, "checkpoint": checkpoint})
     alone = run_worker({**job, "subject": artifact})
     start = time.perf_counter()
-    report = evaluate_fidelity(
-        [artifact],
-        checkpoint=checkpoint,
-        tokens=text.length * len(text.windows),
-        window=text.length,
-        threads=threads,
-    )
+    words = ["--tokens", text.length * len(text.windows), "--window", text.length]
+    words += [] if threads is None else ["--threads", threads]
+    report = fox_edge("eval", artifact, "--task", "fidelity", "--checkpoint", checkpoint, *words)
     seconds = time.perf_counter() - start
     row = report["results"][0]
     if "error" in row:
@@ -165,6 +161,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    from fox_edge.checkpoint import Checkpoint
+
     checkpoint = args.checkpoint or str(prepare(args.work, args.shape))
     artifacts = args.artifact or [str(args.work / name) for name in EXPORTS]
     opened = Checkpoint.open(checkpoint)

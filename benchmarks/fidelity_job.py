@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.fidelity import curve, look, perplexities, standard_error, summary
 from benchmarks.machine import peak_rss_bytes
 from benchmarks.subject import open_subject
 from benchmarks.texts import Windows, read_windows
@@ -121,6 +120,9 @@ def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def figures(reference: Iterable[Logits], artifact: Iterable[Logits], text: Windows) -> dict[str, Any]:
     """All figures of one comparison over the positions of a text that count."""
+    # Here and not above: a runtime that needs no PyTorch shall be able to run without it.
+    from benchmarks.fidelity import curve, look, perplexities, standard_error, summary
+
     found = look(reference, artifact, text.targets())
     kl = found.kl_nats.reshape(len(text.windows), text.scored)
     return {
