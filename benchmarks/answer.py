@@ -166,13 +166,14 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
     """The worker's task 'answer': {subject, threads, session, prompts, max_tokens, stop_texts} -> answers.
 
     Where there are any: `shared`, the text that all prompts begin with; `skip`, places of prompts that have
-    been answered; `ids` and `expected`, one per prompt, and `log`, the file that every answer is added to at
-    once. The context is as long as the longest prompt and its answer need, at most the model's.
+    been answered; `context_for`, prompts that must fit too (those of other parts of one task); `ids` and
+    `expected`, one per prompt, and `log`, the file that every answer is added to at once. The context is as
+    long as the longest prompt and its answer need, at most the model's.
     """
     prompts = job["prompts"]
     subject = open_subject(job["subject"])
     tokenizer = subject.tokenizer()
-    longest = max(len(encode(tokenizer, prompt)) for prompt in prompts)
+    longest = max(len(encode(tokenizer, prompt)) for prompt in [*prompts, *job.get("context_for", ())])
     context = min(longest + job["max_tokens"], subject.context)
     options = SessionOptions(context=context, threads=job["threads"], **job.get("session", {}))
     places = sorted(set(range(len(prompts))) - set(job.get("skip", ())))

@@ -229,7 +229,8 @@ COLUMNS = (
 def evaluate_text(result: dict[str, Any]) -> str:
     """The report as a table for a person."""
     rows = [_shown(row) for row in result["results"] if "error" not in row]
-    which = "" if result["seed"] is None else f", drawn by seed {result['seed']}"
+    seed = result.get("seed")
+    which = "" if seed is None else f", drawn by seed {seed}"
     lines = [f"{result['n']} questions{which}: {result['description']}"]
     if rows:
         columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
