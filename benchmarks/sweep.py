@@ -267,7 +267,7 @@ def _timed(step: Step, store: Store) -> dict[str, Any]:
     say(f"measuring {len(step.job['artifacts'])}, alone")
     start = time.monotonic()
     try:
-        outcome: dict[str, Any] = {"result": bench(step.job["artifacts"], **step.job["settings"])}
+        outcome: dict[str, Any] = {"result": bench(**step.job)}
     except FoxEdgeError as error:
         outcome = {"error": str(error)}
     outcome["seconds"] = time.monotonic() - start

@@ -41,7 +41,11 @@ def bench_step(plan: Plan, asked: Sweep, records: Records) -> Step | None:
     return Step(
         kind=BENCH,
         label=f"bench of {len(present)}",
-        job={"artifacts": [subject.spec for subject in present], "settings": settings},
+        job={
+            "artifacts": [subject.spec for subject in present],
+            "command": f"fox-edge sweep {asked.path}",
+            **settings,
+        },
         key={
             "subjects": [subject.digest for subject in present],
             "settings": settings,
@@ -59,6 +63,10 @@ def finish(
     fidelity = _fidelity(plan, records) if FIDELITY in asked.tasks else None
     timed = _result(bench, records) if bench else None
     failed = [r for r in records.values() if "error" in r]
+    failures = [{"step": r["label"], "error": r["error"]} for r in failed]
+    # An artifact that dies while it is timed is an error of its row, not of the step.
+    died = [row for row in (timed or {}).get("results", ()) if row.get("error")]
+    failures += [{"step": f"bench of {row['artifact']}", "error": row["error"]} for row in died]
     result = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,7 +76,7 @@ def finish(
         "hosts": sorted({r["host"] for r in records.values() if r.get("host")}),
         "steps": {"total": len(records), "taken": taken, "failed": len(failed)},
         "rows": [_row(subject, plan, records, evaluations, fidelity, timed) for subject in plan.subjects],
-        "failures": [{"step": r["label"], "error": r["error"]} for r in failed],
+        "failures": failures,
     }
     files = {f"eval-{name}.json": found for name, found in evaluations.items()}
     files |= {name: found for name, found in (("fidelity.json", fidelity), ("bench.json", timed)) if found}
