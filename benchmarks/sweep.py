@@ -270,6 +270,6 @@ def _timed(step: Step, store: Store) -> dict[str, Any]:
         outcome: dict[str, Any] = {"result": bench(**step.job)}
     except FoxEdgeError as error:
         outcome = {"error": str(error)}
-    outcome["seconds"] = time.monotonic() - start
+    outcome |= {"artifacts": step.job["artifacts"], "seconds": time.monotonic() - start}
     say(_told(step, outcome))
     return _kept(step, outcome, store)

@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.lm_eval_tasks import HARNESS_TASKS
 from benchmarks.page_cache import STATES
+from benchmarks.profiles import PROFILES
 from benchmarks.workloads import WORKLOADS
 from fox_edge.errors import FoxEdgeError, RecipeError
 from fox_edge.locate import NANO
@@ -217,6 +218,8 @@ def task_keys(path: Path) -> dict[str, dict[str, Kind]]:
             "page_cache": _text_of(STATES),
             "repeats": _positive,
             "context": _positive,
+            "profile": _text_of(PROFILES),
+            "baseline": file,
         },
         "fidelity": {"text": file, "tokens": _positive, "window": _positive, "score_from": _count},
         "gsm8k": {**questions, "shots": _count, "data": file, "train": file},

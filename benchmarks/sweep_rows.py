@@ -20,6 +20,7 @@ from benchmarks.sweep_plan import BENCH, FIDELITY, Plan, Step, Subject
 from benchmarks.sweep_store import write_json
 from benchmarks.table import Column, render
 from benchmarks.tasks import Task
+from fox_edge.artifact import sha256_file
 
 SCHEMA = 1
 SWEEP, REPORT = "sweep.json", "report"
@@ -36,7 +37,10 @@ def bench_step(plan: Plan, asked: Sweep, records: Records) -> Step | None:
     present = [s for s in plan.subjects if s.export is None or _result(s.export, records) is not None]
     if BENCH not in asked.tasks or not present:
         return None
-    settings = {**asked.tasks[BENCH], "threads": asked.run.threads}
+    settings = dict(asked.tasks[BENCH])
+    if "profile" not in settings:  # which has threads of its own
+        settings["threads"] = asked.run.threads
+    baseline = settings.get("baseline")
     host = machine()
     return Step(
         kind=BENCH,
@@ -48,7 +52,7 @@ def bench_step(plan: Plan, asked: Sweep, records: Records) -> Step | None:
         },
         key={
             "subjects": [subject.digest for subject in present],
-            "settings": settings,
+            "settings": settings | {"baseline": baseline and sha256_file(baseline)},
             "machine": [host["cpu"], host["cores"], host["memory_bytes"]],
             "versions": versions(),
         },
@@ -61,7 +65,10 @@ def finish(
     """Join everything, write sweep.json and what else there is into the folder, and return the result."""
     evaluations = {name: evaluation(plan, name, records) for name in plan.tasks}
     fidelity = _fidelity(plan, records) if FIDELITY in asked.tasks else None
-    timed = _result(bench, records) if bench else None
+    timed = None
+    if bench is not None and (found := _result(bench, records)) is not None:
+        before = records[bench.identity]["artifacts"]  # the folder may have been called otherwise then
+        timed = _renamed(found, dict(zip(before, bench.job["artifacts"], strict=True)))
     failed = [r for r in records.values() if "error" in r]
     failures = [{"step": r["label"], "error": r["error"]} for r in failed]
     # An artifact that dies while it is timed is an error of its row, not of the step.
@@ -103,6 +110,15 @@ def _result(step: Step, records: Records) -> dict[str, Any] | None:
     """What a step gave; None when it was not done or failed."""
     found: dict[str, Any] | None = records.get(step.identity, {}).get("result")
     return found
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A JSON value with some of its texts replaced."""
+    if isinstance(value, dict):
+        return {key: _renamed(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, names) for inner in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 def _error(steps: Sequence[Step], records: Records) -> str | None:

@@ -137,6 +137,13 @@ def check_failures(file: Path, out: Path, after: dict, result: dict) -> None:
     again = sweep(file, out=out)
     assert again["steps"]["taken"] == again["steps"]["total"] and done(out) == after
     assert again["rows"] == result["rows"] and again["failures"] == result["failures"]
+    # The same folder under another name.
+    other = out.with_name("other")
+    other.symlink_to(out)
+    moved = sweep(file, out=other)
+    assert moved["steps"]["taken"] == moved["steps"]["total"]
+    assert moved["rows"][0]["artifact"] == str(other / "artifacts" / "nano-gguf-q8_0-nearest")
+    assert moved["rows"][0]["bench"][0]["load_s"] == result["rows"][0]["bench"][0]["load_s"]
     model = Artifact.open(out / "artifacts" / "nano-gguf-q8_0-nearest").path
     shutil.rmtree(model)
     retried = sweep(file, out=out, retry=True)
