@@ -158,11 +158,11 @@ class Noise:
 
     @property
     def percent(self) -> float | None:
-        """How far apart slow and fast slices lie (5th and 95th percentile), in percent of the median."""
+        """By how much slow slices fall behind fast ones (5th and 95th percentile), 0 to 100."""
         if len(self.rates) < 2:
             return None
         cuts = statistics.quantiles(self.rates, n=20, method="inclusive")
-        return 100 * (cuts[-1] - cuts[0]) / statistics.median(self.rates)
+        return 100 * (1 - cuts[0] / cuts[-1])
 
     def _slice(self, pool: ThreadPoolExecutor, block: bytes, passes: int) -> float:
         def work(_: int) -> None:
