@@ -111,8 +111,8 @@ def need(row: Row, profile: Row, settings: Mapping[str, Any]) -> Need:
     The larger of what was reckoned for that context and what was measured at no longer one.
     """
     name = profile["name"]
-    reckoned = next((m for m in row.get("memory") or () if m.get("profile") == name), {})
-    projected = next((p for p in row.get("projections") or () if p.get("profile") == name), {})
+    reckoned: Row = next((m for m in row.get("memory") or () if m.get("profile") == name), {})
+    projected: Row = next((p for p in row.get("projections") or () if p.get("profile") == name), {})
     total = reckoned.get("total_bytes") or projected.get("needed_bytes")
     peak, context, measured_at = row.get("peak_rss_bytes"), profile.get("context"), settings.get("context")
     comparable = not context or not measured_at or measured_at <= context

@@ -126,9 +126,7 @@ def _differences(first: Row, second: Row) -> tuple[list[str], dict[str, bool]]:
     said = []
     machines = [x.get("machine") or {} for x in (first, second)]
     other = [
-        f"{k} {_plain(machines[0][k])} and {_plain(machines[1][k])}"
-        for k in _MACHINE
-        if _differ(*machines, k)
+        f"{k} {_plain(machines[0][k])} and {_plain(machines[1][k])}" for k in _MACHINE if _differ(machines, k)
     ]
     if other:
         said.append(f"two different machines: {', '.join(other)}")
@@ -136,12 +134,12 @@ def _differences(first: Row, second: Row) -> tuple[list[str], dict[str, bool]]:
     changed = [
         f"{k} {_plain(settings[0].get(k))} and {_plain(settings[1].get(k))}"
         for k in _SETTINGS
-        if _differ(*settings, k)
+        if _differ(settings, k)
     ]
     if changed:
         said.append(f"different settings: {', '.join(changed)}")
     texts = [x.get("text") or {} for x in (first, second)]
-    text = [k for k in ("source", "tokens", "windows") if _differ(*texts, k)]
+    text = [k for k in ("source", "tokens", "windows") if _differ(texts, k)]
     if text:
         said.append(
             "fidelity on different texts: "
@@ -170,8 +168,9 @@ def _remarks(first: Row, second: Row) -> list[str]:
     return said
 
 
-def _differ(first: Row, second: Row, key: str) -> bool:
+def _differ(pair: Sequence[Row], key: str) -> bool:
     """Whether both tell, and tell different things; null is a choice like another, where it is told."""
+    first, second = pair
     if key not in first or key not in second or first[key] == second[key]:
         return False
     if key == "memory_bytes" and first[key] and second[key]:

@@ -155,14 +155,19 @@ def _table_row(row: Row) -> str:
     return f"<tr class='{kind}'><th scope='row'>{name}</th>{cells}</tr>"
 
 
+# Figures whose interval is in the tooltip alone, so that the table fits a desktop.
+_QUIET = ("load_s", "time_to_first_token_s", "peak_rss_bytes")
+
+
 def _cell(column: Column, row: Row) -> str:
     """A figure with its interval below; what else a reader may want to know is in its tooltip."""
     text = column.cell(row)
     if column.key == "decode_tokens_per_s" and row.get("decode_is_at_least"):
         text = f"over {text}"
-    between = interval_text(column, row)
+    between, title = interval_text(column, row), _tooltip(column, row)
+    if column.key in _QUIET:
+        title, between = title or between, ""
     small = f"<small>{_e(between)}</small>" if between else ""
-    title = _tooltip(column, row)
     return (f"<span title='{_e(title)}'>{_e(text)}</span>" if title else _e(text)) + small
 
 

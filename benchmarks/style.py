@@ -96,7 +96,7 @@ pre{margin:0;padding:12px 14px;background:var(--panel);border-radius:6px;overflo
 :focus-visible{outline:2px solid var(--gguf);outline-offset:3px}
 @media(max-width:560px){main{padding:24px 16px 48px}h2{margin-top:40px}
 .badge{margin-left:0}.facts{grid-template-columns:1fr;gap:2px}.facts dd{margin-bottom:8px}}
-@media print{:root{--paper:#fff;--panel:#f6f4f0}
+@media print{:root{--paper:#fff;--panel:#f6f4f0;font-size:11px}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 body{font-size:11px}main{max-width:none;padding:0}h2{margin-top:24px;break-after:avoid}
 figure,.card,tr,.answers div{break-inside:avoid}

@@ -174,7 +174,7 @@ def test_labels_do_not_lie_on_each_other(rows):
 
 
 def test_a_long_name_keeps_both_its_ends_and_stays_inside():
-    assert shortened("a-very-long-name-of-an-artifact-int4", 100) == "a-ver…t-int4"
+    assert shortened("a-very-long-name-of-an-artifact-int4", 100) == "a-very…t-int4"
     assert shortened("short", 100) == "short"
     text = front_plot([point(5e6, 0.1, "n" * 300)])
     (label,) = [t for t in svg(text).iter("text") if t.get("class") == "label"]

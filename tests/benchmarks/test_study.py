@@ -1,0 +1,128 @@
+"""One command for the whole report: what is missing is told before anything runs, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import study as module
+from benchmarks.report import FILES, read_report
+from benchmarks.study import study
+from fox_edge.cli import main
+from fox_edge.errors import FoxEdgeError
+
+from .conftest import NANO, Checkpoint
+from .sample_report import full_result
+
+SPEC = "torch:nano"
+
+
+def measured() -> dict[str, Any]:
+    """A bench of the one row that the embedded checkpoint is."""
+    bench = full_result(1)
+    bench["results"][0]["artifact"] = SPEC
+    return bench
+
+
+def never() -> dict[str, Any]:
+    raise AssertionError("nothing may be measured")
+
+
+@pytest.mark.parametrize(
+    ("artifact", "words", "said"),
+    [
+        ("nowhere", {}, "nowhere: no such artifact"),
+        (SPEC, {"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all"),
+        (SPEC, {"task": "riddles"}, "unknown task 'riddles'"),
+        (SPEC, {"task": "gsm8k", "train": Path("/nowhere.jsonl"), "data": Path("/x")}, "nowhere.jsonl"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_measured(
+    tmp_path: Path, artifact: str, words: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(FoxEdgeError, match=said):
+        study([artifact], tmp_path / "report", never, **words)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_place_that_takes_no_report_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FoxEdgeError, match="file: the report cannot be written"):
+        study([SPEC], tmp_path / "file", never)
+
+
+def test_a_measurement_that_fails_leaves_no_files(tmp_path: Path) -> None:
+    def fails() -> dict[str, Any]:
+        raise FoxEdgeError("no")
+
+    with pytest.raises(FoxEdgeError, match="no"):
+        study([SPEC], tmp_path / "report", fails)
+    assert not (tmp_path / "report").exists()
+
+
+def test_all_that_was_found_is_joined_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fidelity(artifacts: list[str], **words: Any) -> dict[str, Any]:
+        asked.append({"artifacts": artifacts, **words})
+        row = {"artifact": SPEC, "mean_kl_nats": 0.002, "mean_kl_se_nats": 0.0001}
+        return {"results": [row], "text": {"source": "t", "tokens": 64, "windows": 1}}
+
+    def evaluate(artifacts: list[str], **words: Any) -> dict[str, Any]:
+        asked.append({"artifacts": artifacts, **words})
+        row = {"artifact": SPEC, "n": 4, "correct": 3, "accuracy_percent": 75.0, "ci95_percent": [30, 95]}
+        return {"task": "word-problems", "description": "d", "n": 4, "results": [row]}
+
+    monkeypatch.setattr(module, "evaluate_fidelity", fidelity)
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    study([SPEC], tmp_path / "report", measured, checkpoint="nano", task="word-problems", limit=4, threads=1)
+    assert asked[0] == {"artifacts": [SPEC], "checkpoint": "nano", "threads": 1, "session": None}
+    assert (asked[1]["task"], asked[1]["limit"], asked[1]["threads"]) == ("word-problems", 4, 1)
+    report = read_report(tmp_path / "report" / "report.json")
+    row = report["rows"][0]
+    assert (row["mean_kl_nats"], row["correct"], row["decode_tokens_per_s"]) == (0.002, 3, 9.8)
+    assert {p["name"] for p in report["profiles"]} >= {"laptop", "phone-8gb", "phone-4gb", "pi5", "this"}
+    assert [a["profile"] for a in report["advice"]] == [p["name"] for p in report["profiles"]]
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(FILES)
+
+
+def test_what_an_export_found_of_itself_stands_in_for_fidelity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
+    from export.gguf import export_gguf
+    from fox_edge.quant import GGUF, find_recipe
+
+    folder = tmp_path / "small-int8"
+    artifact = export_gguf(checkpoint, folder, find_recipe(GGUF, "int8"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["verification"] = {
+        "mean_kl_nats": 0.004,
+        "top1_agreement_percent": "a stranger's",
+        "passed": True,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    bench = full_result(1)
+    bench["results"][0] |= {"artifact": str(artifact.path), "format": "gguf"}
+    report = study([artifact.path], tmp_path / "report", lambda: bench)
+    row = report["rows"][0]
+    assert row["mean_kl_nats"] == 0.004 and "top1_agreement_percent" not in row
+    assert "as verified when each was exported" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--checkpoint", "nano"], "--checkpoint is for --report DIR, which is missing"),
+        (["--task", "gsm8k"], "--task is for --report DIR, which is missing"),
+        (["--report", "r", "--limit", "3"], "--limit is for --task, which is missing"),
+    ],
+)
+def test_words_that_need_another(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(NANO)
+    assert main(["bench", SPEC, *words]) == 2
+    assert capsys.readouterr().err == f"fox-edge bench: {said}\n"
