@@ -28,6 +28,8 @@ from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import Progress
 
 Told = Callable[[int, int], None]
+# What `fox-edge eval` also has, and fidelity_task.py does.
+FIDELITY = "fidelity"
 
 
 def evaluate(
@@ -112,7 +114,8 @@ def _row(
             return {**row, **_answered(job, asked, done, heard)}
         return {**row, **asked.graded(run_worker(asked.job(job, done), heard))}
     except WorkerError as error:
-        after = f" (after {last[0]} of {last[1]} questions)" if last[0] else ""
+        things = "questions" if isinstance(asked, Task) else "requests"
+        after = f" (after {last[0]} of {last[1]} {things})" if last[0] else ""
         return {**row, "error": f"{error}{after}"}
 
 
@@ -158,10 +161,10 @@ def identity(subject: Subject, asked: Task | HarnessTask, session: dict[str, Any
 
 def subject_digest(subject: Subject) -> str:
     """SHA-256 of what a subject is made of: a manifest's sums, a checkpoint's tensors, or all files."""
-    if subject.format == "torch":
-        return str(subject.source.digest())
     if isinstance(subject.source, Artifact):
         sums = subject.source.manifest.files
+    elif hasattr(subject.source, "digest"):
+        return str(subject.source.digest())
     else:
         sums = {path.name: sha256_file(path) for path in sorted(subject.folder.iterdir()) if path.is_file()}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()

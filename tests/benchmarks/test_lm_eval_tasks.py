@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import lm_eval_data
-from benchmarks.evaluate import evaluate, evaluate_text
+from benchmarks.evaluate import evaluate, evaluate_text, pair
 from benchmarks.lm_eval_tasks import HARNESS_TASKS, choose, load_tasks, local_data, make_harness_task, run_job
 from benchmarks.table import WIDTH
 from benchmarks.tasks import TaskOptions
@@ -237,3 +237,38 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
         FoxEdgeError, match=r"data of hellaswag cannot be had from the hub \(Couldn't reach the hub\)"
     ):
         load_tasks(HARNESS_TASKS["hellaswag"], None, 10)
+
+
+def test_the_hub_is_asked_for_every_subject(monkeypatch):
+    """What the harness downloads, answered with made-up rows."""
+    import datasets
+
+    asked = []
+
+    def download(path, name=None, **kwargs):
+        asked.append((path, name))
+        made = [mmlu_row(n) for n in range(6)]
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(made) for split in ("test", "dev")})
+
+    monkeypatch.setattr("datasets.load_dataset", download)
+    tasks = load_tasks(HARNESS_TASKS["mmlu"], None, 3)
+    assert len(tasks) == 57 and {path for path, _ in asked} == {"cais/mmlu"}
+    assert {name for _, name in asked} == {name.removeprefix("mmlu_") for name in tasks}
+    assert all(task.config.num_fewshot == 3 for task in tasks.values())
+    counts = {name: len(task.eval_docs) for name, task in tasks.items()}
+    assert [*choose(counts, 57, None).values()] == [[0]] * 57
+
+
+def test_figures_of_a_score_between_right_and_wrong(tmp_path):
+    task = make_harness_task("truthfulqa", TaskOptions(data=write_task(tmp_path, "truthfulqa")))
+    answers = [{"question": f"truthfulqa_mc2/{n}", "score": score} for n, score in enumerate((0.2, 0.5, 0.8))]
+    row = task.graded(
+        {"answers": answers, "seconds": 1.0, "counts": {"computed_tokens": 9, "cut_requests": 0}}
+    )
+    assert (row["n"], row["correct"], row["accuracy_percent"]) == (3, None, pytest.approx(50))
+    assert row["ci95_percent"] == [pytest.approx(20), pytest.approx(80)]  # all drawn alike, 1 of 27 each
+    rows = [{"artifact": name, "format": "gguf", "runtime": "x", **row} for name in ("a", "b")]
+    pair(rows)
+    assert rows[1]["paired"]["verdict"] == "not told apart"
+    text = evaluate_text({"n": 3, "description": "made up", "results": rows})
+    assert "accuracy" in text and "sign-flip" in text
