@@ -28,7 +28,7 @@ _ENERGY_DOMAINS = ("package", "dram")
 NOISY_PERCENT = 10.0
 _OTHERS_PERCENT, _STOLEN_PERCENT, _HOT_C, _SLOWER = 10.0, 2.0, 90.0, 0.9
 # One probe: slices of about so long, so many of them, each on all processors.
-_SLICE_S, _SLICES = 0.01, 15
+_SLICE_S, _SLICES = 0.02, 10
 _PROBE_BYTES = 1 << 18
 
 
@@ -148,7 +148,7 @@ class Noise:
     _passes: int = 0
 
     def probe(self) -> None:
-        """About a sixth of a second of it; to be called between measurements, not during one."""
+        """About a fifth of a second of it; to be called between measurements, not during one."""
         block = bytes(_PROBE_BYTES)
         with ThreadPoolExecutor(self.threads) as pool:
             self._slice(pool, block, 1)  # the threads start

@@ -164,5 +164,5 @@ def test_a_probe_measures_something():
     noise = Noise(2)
     noise.probe()
     noise.probe()
-    assert len(noise.rates) == 30
+    assert len(noise.rates) == 20
     assert 0 <= noise.percent < 100
