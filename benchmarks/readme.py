@@ -217,6 +217,46 @@ def speculation_table(results: Mapping[str, Any]) -> str:
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
+def perplexity_peer_table(results: Mapping[str, Any]) -> str:
+    """Each figure three times: ours, ours behind llama-perplexity's 16 bits, llama-perplexity's."""
+    keys = (
+        "mean_kl_nats",
+        "p99_kl_nats",
+        "top1_agreement_percent",
+        "reference_perplexity",
+        "perplexity_ratio",
+    )
+    names = {"ours": "ours", "rounded": "ours, in 16 bits", "theirs": "llama-perplexity"}
+    rows = []
+    for row in results["results"]:
+        sides = {"ours": row["ours"], "rounded": row["ours"]["rounded"], "theirs": row["theirs"]}
+        for side, figures in sides.items():
+            artifact = row["artifact"] if side == "ours" else ""
+            rows.append([artifact, names[side], *(f"{figures[key]:.6g}" for key in keys)])
+    head = ("export", "", "mean KL, nats", "p99", "top-1, %", "reference's perplexity", "over it")
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+
+
+def fidelity_cost_table(results: Mapping[str, Any]) -> str:
+    """A comparison's time beside the two models' own, and its memory above the artifact's."""
+    rows = [
+        [
+            row["artifact"],
+            f"{row['reference_forward_s']:.1f}",
+            f"{row['artifact_forward_s']:.1f}",
+            f"{row['fidelity_s']:.1f}",
+            f"{row['ratio']:.2f}",
+            _mb(row["above_models_bytes"]),
+        ]
+        for row in results["results"]
+    ]
+    head = (
+        *("artifact", "reference alone, s", "artifact alone, s", "fidelity, s", "over both"),
+        "above the models, MB",
+    )
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+
+
 def _recipe_name(recipe: str) -> str:
     """A recipe in few words, behind the preset's name if it is one."""
     preset = preset_of(recipe)
@@ -275,6 +315,8 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "onnx-shape": onnx_shape_table,
     "memory": memory_table,
     "speculation": speculation_table,
+    "perplexity-peer": perplexity_peer_table,
+    "fidelity-cost": fidelity_cost_table,
 }
 
 
