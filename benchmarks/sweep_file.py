@@ -207,8 +207,8 @@ def _tasks(path: Path, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def task_keys(path: Path) -> dict[str, dict[str, Kind]]:
     """Task -> what may be said about it: the keys, and what their values must be."""
     file, there = _file(path), _file(path, folder=True)
-    questions = {"limit": _positive, "seed": _count}
-    harness = {**questions, "shots": _count, "data": there}
+    questions: dict[str, Kind] = {"limit": _positive, "seed": _count}
+    harness: dict[str, Kind] = {**questions, "shots": _count, "data": there}
     return {
         "bench": {
             "workload": _text_of(WORKLOADS),

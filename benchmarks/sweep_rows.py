@@ -21,6 +21,7 @@ from benchmarks.sweep_store import write_json
 from benchmarks.table import Column, render
 from benchmarks.tasks import Task
 from fox_edge.artifact import sha256_file
+from runtimes.base import TORCH_RUNTIME, runtime_name
 
 SCHEMA = 1
 SWEEP, REPORT = "sweep.json", "report"
@@ -146,13 +147,20 @@ def evaluation(plan: Plan, name: str, records: Records) -> dict[str, Any]:
     }
 
 
-def _graded(subject: Subject, name: str, task: Task | HarnessTask, records: Records) -> dict[str, Any]:
-    steps = subject.answers[name]
-    row: dict[str, Any] = {
+def _about(subject: Subject) -> dict[str, Any]:
+    """What the rows of `eval` begin with."""
+    runtime = runtime_name(subject.format) if subject.export else TORCH_RUNTIME.name
+    return {
         "artifact": subject.spec,
+        "runtime": runtime,
         "format": subject.format,
         "quant": subject.quant,
     }
+
+
+def _graded(subject: Subject, name: str, task: Task | HarnessTask, records: Records) -> dict[str, Any]:
+    steps = subject.answers[name]
+    row = _about(subject)
     results = [result for step in steps if (result := _result(step, records)) is not None]
     if len(results) < len(steps):
         return {**row, "error": _error(subject.steps, records) or "was not asked"}
@@ -168,7 +176,7 @@ def _fidelity(plan: Plan, records: Records) -> dict[str, Any]:
     rows = []
     for subject in plan.subjects:
         assert subject.fidelity is not None
-        row = {"artifact": subject.spec, "format": subject.format, "quant": subject.quant}
+        row = _about(subject)
         found = _result(subject.fidelity, records)
         needed = [step for step in plan.shared if step.identity in subject.fidelity.needs]
         error = _error([*subject.steps, *needed], records)

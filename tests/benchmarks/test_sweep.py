@@ -121,7 +121,7 @@ def check_result(result: dict, out: Path) -> None:
     assert 0 < good["fidelity"]["mean_kl_nats"] < 0.01 and good["bench"][0]["decode_tokens_per_s"] > 0
     alone = evaluate([good["artifact"]], task="word-problems", limit=QUESTIONS, threads=1)["results"][0]
     kept = json.loads((out / "eval-word-problems.json").read_text())["results"]
-    assert kept[0]["answers"] == alone["answers"]
+    assert kept[0]["answers"] == alone["answers"] and kept[0]["runtime"] == alone["runtime"]
     assert good["tasks"]["word-problems"]["correct"] == alone["correct"]
     assert not (out / "artifacts" / "nano-gguf-q4_0-nearest").exists()
     assert "failed verification" in bad["error"] and "failed verification" in kept[1]["error"]
