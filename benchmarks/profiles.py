@@ -67,8 +67,8 @@ _PUBLISHED = (
         memory_bytes=8 * _GIB,
         context=8192,
         bandwidth_bytes_per_s=bus_bytes_per_s(5600e6, 128),
-        source="AMD's specification of the 7840U: 8 cores, two channels (128 bits) of DDR5-5600; assumed: the "
-        "system and a browser leave half of 16 GB",
+        source="AMD's specification of the 7840U: 8 cores, two channels (128 bits) of DDR5-5600; assumed: "
+        "the system and a browser leave half of 16 GB",
     ),
     Profile(
         name="phone-8gb",
