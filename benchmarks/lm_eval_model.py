@@ -144,7 +144,7 @@ class FoxEdgeLM(TemplateLM):
         """
         keys = [request_key("generate_until", request.args) for request in requests]
         asked = [_Asked.read(self, *request.args) for request in requests]
-        results = [self._done.get(key) for key in keys]
+        results: list[Any] = [self._done.get(key) for key in keys]
         pending = self._pending(results)
         if pending:
             cache = PrefixCache(self._open(max(len(a.tokens) + a.most for a in asked)))
@@ -168,7 +168,7 @@ class FoxEdgeLM(TemplateLM):
     # --- the session ---------------------------------------------------------------------------------
 
     def _scored(self, keys: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-        results = [self._done.get(key) for key in keys]
+        results: list[Any] = [self._done.get(key) for key in keys]
         pending = self._pending(results)
         if pending:
             likelihood = Likelihood(self._open(max(len(a) + len(b) - 1 for a, b in pairs)))
