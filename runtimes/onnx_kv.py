@@ -1,8 +1,8 @@
 """Scales for a KV cache of int8: measured once on the model itself, kept beside the artifact.
 
-A channel's scale must be known before the first token is cached. With its ordinary cache, the model runs a
-little of the text that rounding is guided by; the largest key and value of each channel, and some room above,
-become 127. Knows extremes and scales; not graphs or sessions.
+A channel's scale must be known before the first token is cached. The model runs a short text of problems and
+a chat with its ordinary cache; the largest key and value of each channel, and some room above, become 127.
+Knows texts, extremes and scales; not graphs or sessions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fox_edge.artifact import Artifact
-from fox_edge.calibration import WINDOW, read_calibration
+from fox_edge.nano.problems import generate
 from fox_edge.tokenizer import Tokenizer
 from runtimes.onnx_cache import cache_folder, key_of, read_record, write_record
 
+# Tokens that are run: half of them plain text, half a chat.
 CALIBRATION_TOKENS = 512
 # Room above the largest value seen; a key or value beyond it is cut off.
 HEADROOM = 1.5
-_SCHEMA = 2
+_SCHEMA = 1
+_SEED = 3
 _LARGEST = 127
 # Of each layer: keys and values, each (kv_heads, head_dim).
 LayerPairs = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -40,14 +42,25 @@ def kv_scales(artifact: Artifact, measure: Callable[[list[int]], LayerPairs], ke
     fields = read_record(path) if path else None
     if fields is not None and (kept := _kept(fields)):
         return kept
-    text = read_calibration(Tokenizer.from_folder(artifact.path), WINDOW)
-    tokens = text.windows.flatten()[:CALIBRATION_TOKENS].tolist()
+    tokens = _tokens(Tokenizer.from_folder(artifact.path))
     scales = [(_scale(keys), _scale(values)) for keys, values in measure(tokens)]
     if folder and path:
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
             write_record(path, {"scales": [[part.tolist() for part in pair] for pair in scales]})
     return scales
+
+
+def _tokens(tokenizer: Tokenizer) -> list[int]:
+    problems = generate(_SEED, CALIBRATION_TOKENS // 16)
+    text = "\n\n".join(f"{problem.question}\n{problem.answer}" for problem in problems)
+    chat = [
+        {"role": role, "content": content}
+        for problem in problems
+        for role, content in (("user", problem.question), ("assistant", problem.answer))
+    ]
+    half = CALIBRATION_TOKENS // 2
+    return tokenizer.encode(text, bos=True)[:half] + tokenizer.encode_chat(chat)[:half]
 
 
 def _scale(largest: NDArray[np.float32]) -> NDArray[np.float32]:
