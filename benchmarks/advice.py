@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from benchmarks.figures import interval_of, one_each
+from benchmarks.table import rate
 
 Row = Mapping[str, Any]
 
@@ -219,7 +220,7 @@ def _speed(chosen: _Candidate, quick: Sequence[_Candidate], level: Sequence[_Can
     if chosen.speed is None:
         return "has a speed there that nobody knows"
     about, kind = ("about ", "projected") if chosen.projected else ("", "measured")
-    figure = f"{about}{chosen.speed:,.3g} tok/s ({kind})"
+    figure = f"{about}{rate(chosen.speed)} tok/s ({kind})"
     same = [c.name for c in level if c is not chosen]
     near = [c.name for c in quick if c is not chosen and c not in level]
     if same:

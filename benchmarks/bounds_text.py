@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.baseline import baseline_text
+from benchmarks.table import rate
 
 
 def bounds_text(result: Mapping[str, Any]) -> list[str]:
@@ -45,14 +46,14 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         ratio = row.get("baseline_ratio") or {}
         if ratio.get("decode_tokens_per_s") is not None:
             memory = ratio.get("peak_rss_bytes")
-            also = "" if memory is None else f", {memory:.3g} x its memory"
-            yield f"{row['artifact']}: {ratio['decode_tokens_per_s']:.3g} x the baseline's speed{also}"
+            also = "" if memory is None else f", {rate(memory)} x its memory"
+            yield f"{row['artifact']}: {rate(ratio['decode_tokens_per_s'])} x the baseline's speed{also}"
 
 
 def _projections(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         speeds = [
-            f"{p['decode_tokens_per_s']:,.3g} tok/s on {p['profile']}"
+            f"{rate(p['decode_tokens_per_s'])} tok/s on {p['profile']}"
             for p in row.get("projections") or ()
             if p["decode_tokens_per_s"] is not None
         ]

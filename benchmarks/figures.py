@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from benchmarks.table import Column
+from benchmarks.table import Column, rate
 
 Row = Mapping[str, Any]
 
@@ -124,8 +124,8 @@ def baseline_note(row: Row) -> str:
     memory = row.get("peak_rss_bytes")
     held = f" in {memory / 1e6:,.0f} MB of {row.get('memory_is') or 'memory'}" if memory else ""
     over = "over " if row.get("decode_is_at_least") else ""
-    rate = row.get("decode_tokens_per_s")
-    speed = f", {over}{rate:,.4g} tok/s per user" if rate else ""
+    decode = row.get("decode_tokens_per_s")
+    speed = f", {over}{rate(decode)} tok/s per user" if decode else ""
     who = "not ours: " if row.get("ours") is False else "baseline: "
     where = " on ".join(str(row[k]) for k in ("model", "hardware") if row.get(k)) or row.get("name") or "?"
     runtime = f" with {row['runtime']}" if row.get("runtime") else ""

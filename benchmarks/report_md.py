@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.figures import COLUMNS, HEADINGS, baseline_note, condition_facts, interval_text, shown
-from benchmarks.table import Column
+from benchmarks.table import Column, rate
 
 Row = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def _projections(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         speeds = {p["profile"]: p.get("decode_tokens_per_s") for p in row.get("projections") or ()}
         if any(speeds.get(p) for p in profiles):
-            rows.append([_e(row["name"]), *(f"{v:,.3g}" if (v := speeds.get(p)) else "" for p in profiles)])
+            rows.append([_e(row["name"]), *(rate(v) if (v := speeds.get(p)) else "" for p in profiles)])
     if not rows:
         return ""
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,12 @@ class Column:
     def is_text(self) -> bool:
         """Text goes left, numbers right."""
         return self.format == "{}"
+
+
+def rate(value: float) -> str:
+    """A positive number to three digits or to the unit, never with an exponent: 0.021, 4.27, 128, 1,284."""
+    places = 0 if value >= 100 else 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{places}f}"
 
 
 def render(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], width: int = WIDTH) -> str:

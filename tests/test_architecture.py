@@ -1,6 +1,8 @@
 """The arrows between the rooms point one way: checkpoint -> export -> artifact -> runtime -> benchmark."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,12 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 def test_the_scan_sees_all_rooms() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    "module", ["runtimes.onnxruntime", "runtimes.llama_cpp", "benchmarks.measure", "benchmarks.answer"]
+)
+def test_what_runs_beside_a_model_brings_no_pytorch(module: str) -> None:
+    """It would take 190 MB of the memory of every process that talks to an export."""
+    program = f"import sys, {module}; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

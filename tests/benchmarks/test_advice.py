@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_not_shipped() -> None:
     name, sentence = advice(row("large", 1501, 50, 1e-4), row("small", 900, 30, 0.01))
     assert name == "small"
     assert sentence == (
-        "Ship small: it alone fits, with 900 of 1,500 MB, runs at about 30 tok/s (projected), and keeps the "
+        "Ship small: it alone fits, with 900 of 1,500 MB, runs at about 30.0 tok/s (projected), and keeps the "
         "model's quality (mean KL 0.01 nats)."
     )
 
@@ -51,7 +51,7 @@ def test_of_what_fits_the_fastest() -> None:
         row("slow", 1000, 20, 0.001), row("fast", 1200, 30, 0.02), row("huge", 9999, 90, 0)
     )
     assert name == "fast"
-    assert "is the fastest of the 2 to choose from at about 30 tok/s (projected)" in sentence
+    assert "is the fastest of the 2 to choose from at about 30.0 tok/s (projected)" in sentence
 
 
 def test_the_fastest_is_passed_over_when_it_has_lost_too_much() -> None:
@@ -86,7 +86,7 @@ def test_when_all_have_lost_too_much_the_closest_is_named_with_a_warning() -> No
     name, sentence = advice(row("a", 600, 40, 0.5), row("b", 700, 20, 0.2))
     assert name == "b"
     assert sentence == (
-        "Ship b only if you must: it needs 700 of 1,500 MB and runs at about 20 tok/s (projected), but it is "
+        "Ship b only if you must: it needs 700 of 1,500 MB and runs at about 20.0 tok/s (projected), but it is "
         "too far from the reference (mean KL 0.2 nats, over 0.1)."
     )
 
@@ -110,7 +110,7 @@ def test_this_machine_is_advised_by_what_was_measured_not_by_projections() -> No
     fast = row("fast", 900, 30, 0.02, interval={"decode_tokens_per_s": [29, 31]})
     slow = row("slow", 900, 25, 0.01, interval={"decode_tokens_per_s": [24, 26]})
     name, sentence = advice(fast, slow, profile=THIS)
-    assert name == "fast" and "at 30 tok/s (measured)" in sentence and "projected" not in sentence
+    assert name == "fast" and "at 30.0 tok/s (measured)" in sentence and "projected" not in sentence
     slow["interval"]["decode_tokens_per_s"] = [24, 29.5]
     assert advice(fast, slow, profile=THIS)[0] == "slow"
 
@@ -146,8 +146,8 @@ def test_a_device_that_nobody_projected_gets_no_speed_from_this_machine() -> Non
 
 def test_a_run_under_the_profile_is_a_measurement_for_it() -> None:
     found = row("a", 900, None, 0.02, profile="phone", decode_tokens_per_s=12.0)
-    assert "runs at 12 tok/s (measured)" in advice(found)[1]
-    assert "12 tok/s" not in advice(found, profile=THIS)[1]
+    assert "runs at 12.0 tok/s (measured)" in advice(found)[1]
+    assert "12.0 tok/s" not in advice(found, profile=THIS)[1]
 
 
 def test_without_fidelity_the_sentence_says_so() -> None:

@@ -26,7 +26,7 @@ def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("session", [session for _, session in CASES])
 def test_every_case_is_a_command(session: dict[str, object]) -> None:
-    args = cli._parser().parse_args(["inspect", "x", *flags(session)])
+    args = cli.parse(["inspect", "x", *flags(session)])
     chosen = {name: value for name, value in cli._session(args).items() if name in session}
     assert chosen == session
 

@@ -52,7 +52,7 @@ def test_a_chat(artifact: Artifact, size: str) -> None:
     assert seen["title"].startswith("nano-int8") and seen["examples"] == 2
     assert seen["facts"]["quant"] == "int8 GGUF"
     assert seen["facts"]["size"] == f"{artifact.total_bytes() / 1e6:.1f} MB"
-    assert seen["facts"]["context"] == "1,024 tokens" and seen["facts"]["memory"].endswith(" MB")
+    assert seen["facts"]["context"] == "1,024 tokens" and seen["facts"]["memory"].endswith((" MB", " GB"))
     assert seen["facts"]["fidelity"] == "not verified"
     first = seen["first"]
     assert first["text"] == greedy(artifact, seen["question"]) and not first["failed"]
