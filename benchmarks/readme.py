@@ -78,6 +78,16 @@ def full_shape_table(results: Mapping[str, Any]) -> str:
         ]
         for row in results["exports"]
     ]
+    if whole := results.get("compensated"):
+        exports.append(
+            [
+                f"{_who(whole)}, killed at half and gone on with, verified",
+                _mb(whole["bytes"]),
+                f"{whole['wall_s']:.0f}",
+                _mb(whole["peak_anonymous_bytes"]),
+                _mb(whole["peak_rss_bytes"]),
+            ]
+        )
     runs = [
         [
             _who(row),
@@ -257,6 +267,28 @@ def fidelity_cost_table(results: Mapping[str, Any]) -> str:
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
+def serve_table(results: Mapping[str, Any]) -> str:
+    """A server under load, and the peer's beside it."""
+    rows = [
+        [
+            row["who"],
+            f"{row['answers']:,}",
+            f"{row['failed']}",
+            f"{row['different']}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['alone_tokens_per_s']:,.0f}",
+            f"{row['known_prompt']['ratio']:.2f}",
+            f"{_mb(row['rss_first_quarter_bytes'])} to {_mb(row['rss_last_quarter_bytes'])}",
+        ]
+        for row in results["results"]
+    ]
+    head = (
+        *("server", "answers", "failed", "not a lone client's", "tok/s, all", "tok/s, alone"),
+        *("first token, known over new prompt", "RSS, first to last quarter, MB"),
+    )
+    return f"{_markdown(head, rows)}\n\n`{results['command']}`. {_machine(results['machine'])}"
+
+
 def _recipe_name(recipe: str) -> str:
     """A recipe in few words, behind the preset's name if it is one."""
     preset = preset_of(recipe)
@@ -317,6 +349,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speculation": speculation_table,
     "perplexity-peer": perplexity_peer_table,
     "fidelity-cost": fidelity_cost_table,
+    "serve": serve_table,
 }
 
 
