@@ -41,8 +41,8 @@ def test_what_does_not_fit_is_not_shipped() -> None:
     name, sentence = advice(row("large", 1501, 50, 1e-4), row("small", 900, 30, 0.01))
     assert name == "small"
     assert sentence == (
-        "Ship small: it alone fits, with 900 of 1,500 MB, runs at about 30.0 tok/s (projected), and keeps the "
-        "model's quality (mean KL 0.01 nats)."
+        "Ship small: it alone fits, with 900 of 1,500 MB, runs at about 30.0 tok/s (projected), and keeps "
+        "the model's quality (mean KL 0.01 nats)."
     )
 
 
@@ -86,8 +86,8 @@ def test_when_all_have_lost_too_much_the_closest_is_named_with_a_warning() -> No
     name, sentence = advice(row("a", 600, 40, 0.5), row("b", 700, 20, 0.2))
     assert name == "b"
     assert sentence == (
-        "Ship b only if you must: it needs 700 of 1,500 MB and runs at about 20.0 tok/s (projected), but it is "
-        "too far from the reference (mean KL 0.2 nats, over 0.1)."
+        "Ship b only if you must: it needs 700 of 1,500 MB and runs at about 20.0 tok/s (projected), but it "
+        "is too far from the reference (mean KL 0.2 nats, over 0.1)."
     )
 
 
