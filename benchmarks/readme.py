@@ -286,7 +286,7 @@ def serve_table(results: Mapping[str, Any]) -> str:
         *("server", "answers", "failed", "not a lone client's", "tok/s, all", "tok/s, alone"),
         *("first token, known over new prompt", "RSS, first to last quarter, MB"),
     )
-    return f"{_markdown(head, rows)}\n\n`{results['command']}`. {_machine(results['machine'])}"
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
 def _recipe_name(recipe: str) -> str:

@@ -1,5 +1,6 @@
 """A sweep on a real Ray cluster of two nodes, one of which is killed in the middle; addresses without one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -87,6 +88,18 @@ def answering(root: int) -> int | None:
     return None
 
 
+def stopped(pid: int) -> bool:
+    """Stop a process; False when it was about to end, and so has ended."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGSTOP)
+        while True:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in "TZX":
+                return state == "T"
+            time.sleep(0.01)
+    return False
+
+
 class Killer(threading.Thread):
     """Waits for answers to be there, stops a process that answers on a node, and kills that node whole."""
 
@@ -99,8 +112,8 @@ class Killer(threading.Thread):
         until = time.monotonic() + 400
         while self.killed is None and time.monotonic() < until:
             # The export and an answer are there: what runs now is an answer.
-            if len(list(self.steps.glob("[!.]*.json"))) >= 2 and (pid := answering(raylet)):
-                os.kill(pid, signal.SIGSTOP)  # it must not be done when its node goes
+            pid = answering(raylet) if len(list(self.steps.glob("[!.]*.json"))) >= 2 else None
+            if pid is not None and stopped(pid):  # it must not be done when its node goes
                 self.cluster.remove_node(self.node, allow_graceful=False)
                 self.killed = pid
             time.sleep(0.02)

@@ -22,6 +22,8 @@ class PseudoTerminal:
         self._pid, self._file = pty.fork()
         if self._pid == 0:
             # Wide, so that no line is wrapped or scrolled: (rows, columns, 0, 0).
+            # Whoever runs the tests in the background may ignore what no terminal's processes ignore.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 400, 0, 0))
             os.execve(command[0], list(command), dict(env))
         self._seen = b""

@@ -293,7 +293,13 @@ def test_sampling_and_stops_reach_the_model(gguf: Artifact) -> None:
 def test_an_interrupted_script_says_so_by_its_status(gguf: Artifact) -> None:
     command = [sys.executable, "-c", RESTING, "3", "chat", str(gguf.path), FOX, "--threads", "1"]
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+        # Where the tests run in the background, it may be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         seen = b""
