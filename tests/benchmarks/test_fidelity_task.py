@@ -35,7 +35,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def artifact(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports") / "int4"
-    return export_gguf(checkpoint, folder, find_recipe("gguf", "q4_0"), verify=None, threads=1)
+    return export_gguf(checkpoint, folder, find_recipe("gguf", "q4_0"), rounding="nearest", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from fox_edge.quant import GGUF, find_recipe
 
 @pytest.fixture(scope="module")
 def artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_gguf(tiny_256, tmp_path_factory.mktemp("memory") / "gguf-int4", find_recipe(GGUF, "int4"))
+    folder = tmp_path_factory.mktemp("memory") / "gguf-int4"
+    return export_gguf(tiny_256, folder, find_recipe(GGUF, "int4"), rounding="nearest")
 
 
 @pytest.mark.parametrize("session", [session for _, session in CASES])

@@ -24,7 +24,7 @@ from runtimes.tuning import with_tuning
 
 @pytest.fixture
 def artifact(tiny_256: Checkpoint, tmp_path: Path) -> Artifact:
-    return export_gguf(tiny_256, tmp_path / "out", find_recipe(GGUF, "int4"))
+    return export_gguf(tiny_256, tmp_path / "out", find_recipe(GGUF, "int4"), rounding="nearest")
 
 
 def row(name: str, prompt: float, decode: float, peak: int, **more: Any) -> Figures:
@@ -140,6 +140,7 @@ def test_threads_of_prompts_and_of_decoding_are_chosen_apart(
     assert (best.prompt_tokens_per_s, best.decode_tokens_per_s) == (200, 20)
 
 
+@pytest.mark.usefixtures("known_machine")
 def test_tune_measures_keeps_and_bench_uses(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,9 @@ WHOLE = MATRIX + 8192 * 2 * 4 + 8192
 
 @pytest.fixture(scope="module")
 def exported(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_onnx(nano, tmp_path_factory.mktemp("exported") / "int4", find_recipe(ONNX, "q4a128"))
+    return export_onnx(
+        nano, tmp_path_factory.mktemp("exported") / "int4", find_recipe(ONNX, "q4a128"), rounding="nearest"
+    )
 
 
 def one_file(path: Path) -> None:

@@ -44,7 +44,7 @@ def tensors(artifact: Artifact) -> dict[str, Any]:
 
 
 def test_a_tied_model_holds_its_matrix_once(tiny_256: Checkpoint, tmp_path: Path) -> None:
-    artifact = export_gguf(tiny_256, tmp_path / "out", recipe("int4"))
+    artifact = export_gguf(tiny_256, tmp_path / "out", recipe("int4"), rounding="nearest")
     assert Artifact.open(tmp_path / "out") == artifact
     assert list(artifact.changed_files()) == []
     found = tensors(artifact)
@@ -206,12 +206,12 @@ def test_the_file_does_not_depend_on_tasks_and_threads(
 def test_rows_that_a_type_cannot_hold_get_another_and_the_manifest_says_so(
     tiny: Checkpoint, tmp_path: Path
 ) -> None:
-    artifact = export_gguf(tiny, tmp_path / "out", recipe("int4"))
+    artifact = export_gguf(tiny, tmp_path / "out", recipe("int4"), rounding="nearest")
     records = {record.name: record for record in artifact.manifest.tensors}
     assert records[EMBEDDING].type == "q8_0"
     assert records[EMBEDDING].reason == "64 columns are no whole number of q6_k blocks of 256"
     assert records["model.norm.weight"].reason is None
-    mixed = export_gguf(tiny, tmp_path / "mixed", recipe("q4_k"))
+    mixed = export_gguf(tiny, tmp_path / "mixed", recipe("q4_k"), rounding="nearest")
     up = {record.name: record for record in mixed.manifest.tensors}["model.layers.0.mlp.up_proj.weight"]
     assert (up.type, up.reason) == ("q5_0", "64 columns are no whole number of q4_k blocks of 256")
     assert tensors(mixed)["blk.0.ffn_up.weight"].tensor_type.name == "Q5_0"

@@ -24,7 +24,7 @@ def test_checkpoint(tmp_path: Path) -> None:
 
 def test_artifact(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "fox", TINY_256))
-    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe("gguf", "int4"))
+    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe("gguf", "int4"), rounding="nearest")
     result = inspect(str(artifact.path))
     types = {t["name"]: t["type"] for t in result["tensors"]}
     assert types["model.embed_tokens.weight"] == "q6_k"
