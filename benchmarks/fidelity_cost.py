@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity_job import session_logits
-from benchmarks.full_shape import fox_edge, write_results
+from benchmarks.full_shape import fox_edge, random_exports, write_results
 from benchmarks.machine import machine, peak_rss_bytes
 from benchmarks.processes import run_worker
 from benchmarks.subject import open_subject
@@ -77,18 +77,6 @@ def _whole(job: dict[str, Any], text: Windows) -> float:
             for rows in hidden.split(4 * SCORE_CHUNK):
                 model.logits(rows)
     return time.perf_counter() - start
-
-
-def prepare(work: Path, shape: str) -> Path:
-    """The random checkpoint, and its exports where they are missing."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint"
-    if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", shape, "--seed", "0")
-    for name, words in EXPORTS.items():
-        if not (work / name).exists():
-            fox_edge("export", checkpoint, work / name, *words, "--max-mean-kl", "10", "--greedy-tokens", "0")
-    return checkpoint
 
 
 def round_of(checkpoint: str, artifact: str, text: Windows, threads: int | None) -> dict[str, Any]:
@@ -163,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     from fox_edge.checkpoint import Checkpoint
 
-    checkpoint = args.checkpoint or str(prepare(args.work, args.shape))
+    checkpoint = args.checkpoint or str(random_exports(args.work, args.shape, EXPORTS))
     artifacts = args.artifact or [str(args.work / name) for name in EXPORTS]
     opened = Checkpoint.open(checkpoint)
     text = read_windows(

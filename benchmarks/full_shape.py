@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,21 @@ def fox_edge(*arguments: object) -> dict[str, Any]:
     return result
 
 
-def random_checkpoint(work: Path) -> Path:
-    """The checkpoint of Fox-1's shape in a scratch folder; made when it is not there."""
+def random_checkpoint(work: Path, shape: str = "fox-1-1.6b") -> Path:
+    """The checkpoint of a shape, Fox-1's, in a scratch folder; made when it is not there."""
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", "fox-1-1.6b", "--seed", "0")
+        fox_edge("new", checkpoint, "--shape", shape, "--seed", "0")
+    return checkpoint
+
+
+def random_exports(work: Path, shape: str, exports: Mapping[str, Sequence[str]]) -> Path:
+    """That checkpoint with exports beside it, name -> words of the verb; those that are missing are made."""
+    checkpoint = random_checkpoint(work, shape)
+    for name, words in exports.items():
+        if not (work / name).exists():
+            fox_edge("export", checkpoint, work / name, *words, "--max-mean-kl", "10", "--greedy-tokens", "0")
     return checkpoint
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_shape import fox_edge, write_results
+from benchmarks.full_shape import fox_edge, random_exports, write_results
 from benchmarks.machine import machine, memory
 from benchmarks.processes import run_worker
 from benchmarks.subject import TORCH_PREFIX, open_subject
@@ -94,17 +94,6 @@ def compare(target: str, context: int, session: dict[str, Any], threads: int | N
     }
 
 
-def prepare(work: Path, shape: str) -> None:
-    """The checkpoint and its exports, those that are missing."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint"
-    if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", shape, "--seed", "0")
-    for name, words in EXPORTS.items():
-        if not (work / name).exists():
-            fox_edge("export", checkpoint, work / name, *words, "--max-mean-kl", "10", "--greedy-tokens", "0")
-
-
 COLUMNS = (
     Column("runtime", "runtime"),
     Column("KV cache", "kv"),
@@ -140,7 +129,7 @@ def main() -> None:
     parser.add_argument("--only", help="measure only artifacts of this name")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    prepare(args.work, args.shape)
+    random_exports(args.work, args.shape, EXPORTS)
     rows: list[dict[str, Any]] = []
     for name, session in CASES:
         kind = TORCH_PREFIX if name.startswith(TORCH_PREFIX) else ""

@@ -7,7 +7,6 @@ results; not what a step does or why.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from fox_edge.errors import FoxEdgeError
+from fox_edge.folder_lock import lock_folder
+from fox_edge.partial import flush
 
 _LOCK, _STEPS = ".lock", "steps"
 _MAX_BYTES = 256 << 20
@@ -35,15 +36,12 @@ class Store:
     def __enter__(self) -> Store:
         try:
             self._steps.mkdir(parents=True, exist_ok=True)
-            # Closed in children (PEP 446), so that the lock ends with this process.
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            lock = lock_folder(self.folder, _LOCK)
         except OSError as error:
             raise FoxEdgeError(f"{self.folder}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise FoxEdgeError(f"{self.folder}: another sweep is running in this folder") from None
+        if lock is None:
+            raise FoxEdgeError(f"{self.folder}: another sweep is running in this folder")
+        self._lock = lock
         return self
 
     def __exit__(
@@ -91,18 +89,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise FoxEdgeError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _flush_folder(folder: Path) -> None:
-    """Ask the disk to keep a rename; not every file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -48,8 +48,8 @@ class PartialFolder:
     def put_in_place(self) -> None:
         """Flush everything and rename the folder; an old target steps aside, and comes back on failure."""
         for path in self.path.iterdir():
-            _flush(path)
-        _flush(self.path)
+            flush(path)
+        flush(self.path)
         old = None
         if self.target.exists():
             old = _sibling(self.target, _OLD)
@@ -60,7 +60,7 @@ class PartialFolder:
             if old is not None:
                 old.rename(self.target)
             raise
-        _flush(self.target.parent)
+        flush(self.target.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -104,7 +104,7 @@ def _remove_abandoned(folder: Path) -> None:
             os.close(handle)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the disk to keep a file or folder; not every file system can flush a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

@@ -7,7 +7,6 @@ last finished step, and the tensor that the next step starts from. Knows nothing
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fox_edge.errors import ArtifactError
+from fox_edge.folder_lock import lock_folder
 
 _STATE, _LOCK, _TENSOR = "state.json", "lock", "step-{}.npy"
 _MAX_STATE_BYTES = 1 << 20
@@ -42,15 +42,12 @@ class Journal:
 
     def __enter__(self) -> Journal:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            lock = lock_folder(self.folder, _LOCK)
         except OSError as error:
             raise ArtifactError(f"{self.target}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise ArtifactError(f"{self.target}: another export to it is running") from None
+        if lock is None:
+            raise ArtifactError(f"{self.target}: another export to it is running")
+        self._lock = lock
         self._step, self._tensor = self._read()
         if self._tensor is None:
             self._clear()

@@ -65,7 +65,7 @@ def test_the_whole_command(
         "ratio": 0.99,
     }
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(module, "prepare", lambda work, shape: None)
+    monkeypatch.setattr(module, "random_exports", lambda work, shape, exports: None)
     monkeypatch.setattr(module, "compare", lambda target, context, *_: asked.append((target, context)) or row)
     monkeypatch.setattr(sys, "argv", ["memory", "w", "--results", str(tmp_path / "r.json"), "--context", "7"])
     main()
