@@ -401,6 +401,7 @@ def _session(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_threads": args.prompt_threads,
         **choices,
         "accuracy_level": args.accuracy_level,
+        "device": args.device,
         "speculate": getattr(args, "speculate", None),
         "cache": not args.no_cache,
     }

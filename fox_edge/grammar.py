@@ -323,6 +323,11 @@ def _session_options(parser: argparse.ArgumentParser) -> None:
         "--prompt-threads", type=_positive, help="GGUF: threads for prompts (default: as --threads)"
     )
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="what computes (default: the GPU for cuda:..., else the CPU); cuda takes libraries built for it",
+    )
+    parser.add_argument(
         "--accuracy-level",
         type=int,
         choices=(1, 4),

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 
+# What may compute (`SessionOptions.device`).
+CPU, CUDA = "cpu", "cuda"
+
 # Rows of logits that `score` holds at once: 64 x 256,000 float32 are 66 MB.
 SCORE_CHUNK = 64
 
@@ -107,6 +110,8 @@ class SessionOptions:
     accuracy_level: int | None = None
     # How many tokens are guessed from what came before (lookup.py): 'auto': as many as pay; None: none.
     speculate: int | Literal["auto"] | None = None
+    # What computes: 'cpu' or 'cuda'. None: the GPU for what is named cuda:..., else the CPU.
+    device: str | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
     conversations: int = 1
     # Whether what is kept beside the artifact (packed weights, tuned choices) may be used and added to.
@@ -164,12 +169,19 @@ _SPECIAL = ("prompt_threads", "flash_attention", "repack", "mmap", "accuracy_lev
 
 
 def check_choices(
-    options: SessionOptions, runtime: str, kv: Sequence[str], takes: Collection[str] = ()
+    options: SessionOptions,
+    runtime: str,
+    kv: Sequence[str],
+    takes: Collection[str] = (),
+    devices: Sequence[str] = (CPU,),
 ) -> None:
     """Raises FoxEdgeError for a choice that a runtime does not have.
 
-    `kv` are the types that its KV cache may have, the default first; `takes` names the others of its choices.
+    `kv` are the types that its KV cache may have, the default first; `takes` names the others of its choices;
+    `devices` are what it can compute on.
     """
+    if options.device is not None and options.device not in devices:
+        raise FoxEdgeError(f"--device {options.device}: {runtime} computes on {' or '.join(devices)}")
     if options.kv is not None and options.kv not in kv:
         raise FoxEdgeError(f"--kv {options.kv}: {runtime} has {' or '.join(kv)}")
     for name in _SPECIAL:
