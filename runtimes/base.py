@@ -21,6 +21,7 @@ from fox_edge.progress import say
 
 if TYPE_CHECKING:
     from runtimes.onnx_foreign import ForeignOnnx
+    from runtimes.sampling import Choice
 
 Logits = NDArray[np.float32]
 
@@ -87,6 +88,35 @@ class SharingSession(Session, Protocol):
 
         They are copied, bit by bit, not computed. Raises FoxEdgeError when the source has fewer tokens.
         """
+        ...
+
+
+@runtime_checkable
+class BatchingSession(SharingSession, Protocol):
+    """A session whose conversations can take a step together: the weights are read once for all of them.
+
+    It can choose tokens where the logits are (`sampling.choose` says how), so that no row has to be moved. A
+    choice gives the token's id, or -1 where the logits are not numbers.
+    """
+
+    # Tokens of a prompt that may run between two steps of others.
+    prefill_chunk: int
+
+    def step_many(
+        self,
+        conversations: Sequence[BatchingSession],
+        tokens: Sequence[int],
+        choices: Sequence[Choice | None] | None = None,
+    ) -> list[Logits | int]:
+        """Append one token to each of several conversations on these weights; self may be among them.
+
+        For each, the logits (vocab,) after it or, where there is a choice, the id of the token chosen.
+        Raises FoxEdgeError (ContextOverflowError where one is full) with all of them left as they were.
+        """
+        ...
+
+    def prefill_choose(self, tokens: Sequence[int], choice: Choice) -> int:
+        """Append tokens, as `prefill` does; the id of the token chosen after the last."""
         ...
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from runtimes.base import Session
-from runtimes.generate import GREEDY, FinishReason, Generation, Sampling
+from runtimes.generate import FinishReason, Generation
 from runtimes.prefix import PrefixCache
+from runtimes.sampling import GREEDY, Sampling
 from runtimes.stop_strings import StopStrings
 from runtimes.transcript import Message, Transcript
 

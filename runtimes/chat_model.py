@@ -24,8 +24,8 @@ from runtimes.base import (
     open_session,
     runtime_name,
 )
-from runtimes.generate import GREEDY, Sampling
 from runtimes.lookup import speculating
+from runtimes.sampling import GREEDY, Sampling
 
 # generation_config.json's names for what we call otherwise, and all that is taken from there.
 _THEIRS = {

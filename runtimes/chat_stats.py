@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.chat import Chat, Reply
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 
 
 def resident_bytes() -> int | None:

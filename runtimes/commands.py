@@ -15,7 +15,7 @@ from fox_edge.errors import FoxEdgeError
 from runtimes.chat import Chat
 from runtimes.chat_stats import sampling_words, stats_lines
 from runtimes.conversation import Conversation, load, save
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 
 # Names that other chats have taught their users; not in the help.
 _ALIASES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/continue": "/more"}

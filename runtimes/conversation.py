@@ -16,7 +16,7 @@ from typing import Any
 
 from fox_edge.errors import ConversationError, FoxEdgeError
 from runtimes.chat import Turn
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 
 FORMAT, VERSION = "fox-edge conversation", 1
 MAX_BYTES = 16 << 20

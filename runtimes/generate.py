@@ -1,7 +1,7 @@
-"""From logits to tokens: sampling, constraints, stop tokens and the generation loop, once for every runtime.
+"""From logits to tokens: constraints, stop tokens and the generation loop, once for every runtime.
 
-Knows sessions and token ids. Does not know text (stop strings are in stop_strings.py), tokenizers, chat,
-grammars, or which library is underneath.
+Knows sessions and token ids. How a token is chosen from a row of logits is in sampling.py. Does not know text
+(stop strings are in stop_strings.py), tokenizers, chat, grammars, or which library is underneath.
 """
 
 from __future__ import annotations
@@ -15,114 +15,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
-from runtimes.base import Logits, Session
+from runtimes.base import BatchingSession, Logits, Session
 from runtimes.lookup import LookupSession
+from runtimes.sampling import GREEDY, Choice, Sampling, choose, heaviest, penalize, pick
 
 FinishReason = Literal["stop", "length", "context"]
-
-# How many of the most likely tokens top-p looks at first; more only when their mass does not suffice.
-_FIRST_CANDIDATES = 256
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. Temperature 0 is greedy, and then only the repeat penalty does something.
-
-    The repeat penalty comes first: of tokens among the last `repeat_window` (of prompt and answer), positive
-    logits are divided by it and others multiplied (Keskar et al., 2019; llama.cpp's meaning). Temperature
-    then shapes the distribution, and what is left is cut: `top_k` keeps the most likely tokens (0: all),
-    top_p the fewest most likely of those whose share of the mass reaches it (Holtzman et al., 2020), min_p
-    tokens at least this share as likely as the most likely one (Nguyen et al., 2024).
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    top_k: int = 0
-    repeat_penalty: float = 1.0
-    repeat_window: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise FoxEdgeError(f"temperature is {self.temperature}, but must be a number from 0")
-        if not 0 < self.top_p <= 1:
-            raise FoxEdgeError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise FoxEdgeError(f"min_p is {self.min_p}, but must be from 0 to 1")
-        if self.seed is not None and self.seed < 0:
-            raise FoxEdgeError(f"seed is {self.seed}, but must be from 0")
-        if self.top_k < 0:
-            raise FoxEdgeError(f"top_k is {self.top_k}, but must be from 0 (0: all tokens)")
-        if not 0 < self.repeat_penalty < math.inf:
-            raise FoxEdgeError(
-                f"repeat_penalty is {self.repeat_penalty}, but must be a number above 0 (1: none)"
-            )
-        if self.repeat_window < 0:
-            raise FoxEdgeError(f"repeat_window is {self.repeat_window}, but must be from 0")
-
-    def rng(self) -> np.random.Generator:
-        """A fresh source of randomness: the same one for the same seed."""
-        return np.random.default_rng(self.seed)
-
-
-GREEDY = Sampling()
-
-
-def pick(logits: Logits, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Choose a token id from logits (vocab,), without penalties; raises FoxEdgeError for no numbers."""
-    best = int(logits.argmax())
-    peak = float(logits[best])  # argmax finds a NaN if there is one
-    if not math.isfinite(peak):
-        raise FoxEdgeError(f"the model's logits are not numbers (token {best} has {peak})")
-    if sampling.temperature == 0:
-        return best
-    weights = np.exp((logits.astype(np.float64) - peak) / sampling.temperature)
-    ids = _heaviest(weights, sampling.top_k) if 0 < sampling.top_k < weights.size else None
-    if sampling.top_p < 1:
-        nucleus = _nucleus(weights if ids is None else weights[ids], sampling.top_p)
-        ids = nucleus if ids is None else ids[nucleus]
-    if ids is None:
-        ids = np.arange(weights.size)
-    if sampling.min_p > 0:
-        ids = ids[weights[ids] >= sampling.min_p]  # the most likely token weighs exactly 1
-    mass = np.cumsum(weights[ids])
-    drawn = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
-    return int(ids[min(drawn, ids.size - 1)])
-
-
-def penalize(logits: Logits, recent: Collection[int], penalty: float) -> None:
-    """Make tokens less likely, in place, that are among the recent ones; each once."""
-    ids = np.unique(np.fromiter(recent, np.int64, len(recent)))
-    held = logits[ids]
-    logits[ids] = np.where(held > 0, held / penalty, held * penalty)
-
-
-def _heaviest(weights: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` heaviest weights, heaviest first; equal ones in order of their ids.
-
-    The result must not depend on how a partition shuffles, so equals at the edge are chosen by id as well.
-    """
-    least = np.partition(weights, weights.size - count)[weights.size - count]
-    above = np.flatnonzero(weights > least)
-    above = above[np.argsort(-weights[above], kind="stable")]
-    return np.concatenate([above, np.flatnonzero(weights == least)[: count - above.size]])
-
-
-def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Ids of the fewest heaviest weights that hold `top_p` of the sum, heaviest first.
-
-    A partition finds the first few candidates; sorting a vocabulary of 256,000 for them would be waste.
-    """
-    needed = top_p * weights.sum()
-    count = _FIRST_CANDIDATES
-    while True:
-        count = min(count, weights.size)
-        ids = _heaviest(weights, count)
-        mass = np.cumsum(weights[ids])
-        if mass[-1] >= needed or count == weights.size:
-            return ids[: int(np.searchsorted(mass, needed)) + 1]
-        count *= 16
 
 
 class Constraint(Protocol):
@@ -154,7 +51,7 @@ def logprobs_of(logits: Logits, token: int, top: int) -> Logprobs:
     exact = logits.astype(np.float64)
     peak = exact.max()
     total = peak + math.log(np.exp(exact - peak).sum())
-    ids = _heaviest(exact, min(top, exact.size)) if top else ()
+    ids = heaviest(exact, min(top, exact.size)) if top else ()
     return Logprobs(token, float(exact[token] - total), tuple((int(i), float(exact[i] - total)) for i in ids))
 
 
@@ -177,24 +74,47 @@ class Picker:
         self.logprobs: list[Logprobs] = []
         self._rng, self._top = rng or sampling.rng(), logprobs
         self._recent: deque[int] = deque(recent, maxlen=sampling.repeat_window)
+        self._choice: Choice | None = None
+
+    def choice(self) -> Choice | None:
+        """How the next token is to be chosen by whoever has its logits; None where they are needed here.
+
+        The same one until a token is accepted.
+        """
+        if self.constraint is not None or self._top is not None:
+            return None
+        if self._choice is None:
+            self._choice = self._next_choice()
+        return self._choice
 
     def pick(self, logits: Logits) -> int:
         """The token after which these are the logits (vocab,), which are left as they are."""
-        shaped = logits
-        penalty = self.sampling.repeat_penalty
-        if self.constraint is not None or (penalty != 1 and self._recent):
+        choice = self._choice or self._next_choice()
+        if self.constraint is None:
+            token = choose(logits, choice)
+        else:
             shaped = logits.copy()
-        if penalty != 1 and self._recent:
-            penalize(shaped, self._recent, penalty)
-        if self.constraint is not None:
+            penalize(shaped, choice.recent, choice.sampling.repeat_penalty)
             self.constraint.apply(shaped)
-        token = pick(shaped, self.sampling, self._rng)
-        if self.constraint is not None:
-            self.constraint.accept(token)
+            token = pick(shaped, choice.sampling, choice.draw)
         if self._top is not None:
             self.logprobs.append(logprobs_of(logits, token, self._top))
+        return self.accept(token)
+
+    def accept(self, token: int) -> int:
+        """Go on from a token that was chosen as `choice` says."""
+        if token < 0:
+            raise FoxEdgeError("the model's logits are not numbers")
+        if self.constraint is not None:
+            self.constraint.accept(token)
         self._recent.append(token)
+        self._choice = None
         return token
+
+    def _next_choice(self) -> Choice:
+        sampling = self.sampling
+        recent = tuple(self._recent) if sampling.repeat_penalty != 1 else ()
+        return Choice(sampling, self._rng.random() if sampling.temperature else 0.0, recent)
 
 
 class Generation(Iterator[int]):
@@ -230,6 +150,7 @@ class Generation(Iterator[int]):
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
         self._session, self._prompt, self._fed = session, prompt, 0
+        self._batching = session if isinstance(session, BatchingSession) else None
         window = sampling.repeat_window
         recent = [*history[max(0, len(history) - window) :], *prompt[max(0, len(prompt) - window) :]]
         self._picker = Picker(sampling, rng, constraint, logprobs, recent)
@@ -251,22 +172,53 @@ class Generation(Iterator[int]):
         self._fed += most
         return True
 
-    def __next__(self) -> int:
-        """The next token id; the first call runs what is left of the prompt."""
+    def pending(self) -> int | None:
+        """The token that is to be run next; None while the prompt is not run, and when the answer is over.
+
+        Looks whether it is over: `finish_reason` then says why. With `choice` and `take` this is `next` in
+        parts, for whoever runs one token of several generations at once.
+        """
         if self.finish_reason is None and len(self.tokens) == self._max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is None and self.tokens and self._session.length >= self._session.context:
             self.finish_reason = "context"
+        return self.tokens[-1] if self.tokens and self.finish_reason is None else None
+
+    def choice(self) -> Choice | None:
+        """How the token after it is to be chosen; None where its logits must come here."""
+        return self._picker.choice()
+
+    def take(self, result: Logits | int) -> int | None:
+        """The next token, from its logits or as chosen by `choice`; None when it was a stop token."""
+        picked = self._picker.pick(result) if isinstance(result, np.ndarray) else self._picker.accept(result)
+        if picked in self._stop_ids:
+            self.finish_reason = "stop"
+            return None
+        self.tokens.append(picked)
+        return picked
+
+    def __next__(self) -> int:
+        """The next token id; the first call runs what is left of the prompt."""
+        token = self.pending()
         if self.finish_reason is not None:
             raise StopIteration
-        session = self._session
-        logits = session.step(self.tokens[-1]) if self.tokens else session.prefill(self._prompt[self._fed :])
-        token = self._picker.pick(logits)
-        if token in self._stop_ids:
-            self.finish_reason = "stop"
+        picked = self.take(self._first() if token is None else self._run(token))
+        if picked is None:
             raise StopIteration
-        self.tokens.append(token)
-        return token
+        return picked
+
+    def _first(self) -> Logits | int:
+        """Run what is left of the prompt."""
+        rest, choice = self._prompt[self._fed :], self.choice()
+        if self._batching is not None and choice is not None:
+            return self._batching.prefill_choose(rest, choice)
+        return self._session.prefill(rest)
+
+    def _run(self, token: int) -> Logits | int:
+        """Run one token, alone; where a session chooses by itself, no row of logits is moved for it."""
+        if self._batching is None:
+            return self._session.step(token)
+        return self._batching.step_many((self._batching,), (token,), (self.choice(),))[0]
 
 
 def generate(

@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from runtimes.base import Session, SharingSession
-from runtimes.generate import GREEDY, Constraint, Generation, Sampling, generate
+from runtimes.generate import Constraint, Generation, generate
+from runtimes.sampling import GREEDY, Sampling
 
 
 class PrefixCache:

@@ -24,7 +24,7 @@ from runtimes.base import Session, SessionOptions
 from runtimes.chat import Chat
 from runtimes.chat_model import ChatModel, find_chat_model
 from runtimes.chat_stats import memory_words, reply_json, sampling_words
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 from runtimes.terminal import HINT, Reading, Terminal, reader
 
 # More than fits any context, and little enough to hold.

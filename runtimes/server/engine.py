@@ -21,7 +21,8 @@ from typing import Literal, Protocol
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from runtimes.base import SharingSession
-from runtimes.generate import Constraint, FinishReason, Logprobs, Sampling
+from runtimes.generate import Constraint, FinishReason, Logprobs
+from runtimes.sampling import Sampling
 from runtimes.server.metrics import Metrics
 from runtimes.server.slots import CHUNK, Slot, Slots
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fox_edge.errors import FoxEdgeError
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 from runtimes.server.errors import ApiError, bad_request
 
 MAX_STOPS = 4

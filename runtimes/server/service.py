@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fox_edge.errors import FoxEdgeError, TokenizerError
 from fox_edge.tokenizer import Tokenizer
-from runtimes.generate import GREEDY, Constraint, Sampling
+from runtimes.generate import Constraint
+from runtimes.sampling import GREEDY, Sampling
 from runtimes.server.answer import Answer
 from runtimes.server.engine import Engine, Job
 from runtimes.server.errors import bad_request

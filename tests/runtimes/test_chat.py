@@ -16,7 +16,8 @@ from fox_edge.quant import GGUF, ONNX, find_recipe
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import Logits, Session, SessionOptions, open_session
 from runtimes.chat import Chat
-from runtimes.generate import Sampling, generate
+from runtimes.generate import generate
+from runtimes.sampling import Sampling
 from runtimes.torch import TorchSession
 from tests.runtimes.chatting import FAITHFUL, THINKING, Parrot, Recorder, tokenizer_with
 

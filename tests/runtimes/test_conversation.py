@@ -12,7 +12,7 @@ import pytest
 from fox_edge.errors import ConversationError
 from runtimes.chat import Turn
 from runtimes.conversation import MAX_BYTES, Conversation, load, save
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 
 TURNS = (Turn('Hi "you"\n', "狐 🦊\ttwo\nlines"), Turn("", ""))
 WHOLE = Conversation("nano", "be brief", TURNS, Sampling(0.7, top_k=40, seed=3))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
-from runtimes.base import Session
-from runtimes.generate import Picker, Sampling, generate, logprobs_of, penalize, pick
+from runtimes.base import BatchingSession, Session
+from runtimes.generate import Picker, generate, logprobs_of
+from runtimes.sampling import Choice, Sampling, choose, penalize, pick
 
 
 class ScriptedSession:
@@ -49,7 +50,7 @@ class ScriptedSession:
 def frequencies(logits, sampling: Sampling, draws: int = 4000) -> np.ndarray:
     rng = sampling.rng()
     logits = np.asarray(logits, np.float32)
-    drawn = [pick(logits, sampling, rng) for _ in range(draws)]
+    drawn = [pick(logits, sampling, rng.random()) for _ in range(draws)]
     return np.bincount(drawn, minlength=logits.size) / draws
 
 
@@ -59,8 +60,7 @@ LOGITS = np.log(PROBABILITIES) + 7.0
 
 
 def test_greedy_takes_the_first_of_the_best():
-    rng = np.random.default_rng(0)
-    assert pick(np.array([1, 3, 2, 3], np.float32), Sampling(), rng) == 1
+    assert pick(np.array([1, 3, 2, 3], np.float32), Sampling(), 0.9) == 1
 
 
 def test_temperature_one_draws_the_model_s_own_distribution():
@@ -106,7 +106,7 @@ def test_same_seed_same_draws_and_another_seed_others():
     def draw(seed: int) -> list[int]:
         sampling = Sampling(1.0, top_p=0.95, min_p=0.01, seed=seed)
         rng = sampling.rng()
-        return [pick(logits, sampling, rng) for _ in range(20)]
+        return [pick(logits, sampling, rng.random()) for _ in range(20)]
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
@@ -115,7 +115,7 @@ def test_same_seed_same_draws_and_another_seed_others():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_numbers_are_named(bad):
     with pytest.raises(FoxEdgeError, match="token 2"):
-        pick(np.array([1, 2, bad, 0], np.float32), Sampling(), np.random.default_rng(0))
+        pick(np.array([1, 2, bad, 0], np.float32), Sampling(), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -311,3 +311,96 @@ def test_a_long_prompt_is_fed_in_parts_and_the_rest_is_left_to_next():
     assert list(generation) == [4]
     assert calls == [2, 2, 1, 1]
     assert session.seen == [2, 3, 5, 6, 7, 4]
+
+
+class Choosing(ScriptedSession):
+    """Chooses by itself, as a device does; notes how, and how many conversations took each step."""
+
+    prefill_chunk = 2
+
+    def __init__(self, script: list[int], noise: int | None = None) -> None:
+        super().__init__(script)
+        self.choices: list[Choice | None] = []
+        self.noise = None if noise is None else np.random.default_rng(noise)
+
+    def prefill(self, tokens):
+        logits = super().prefill(tokens)
+        return logits if self.noise is None else self.noise.normal(size=logits.size).astype(np.float32)
+
+    def prefill_choose(self, tokens, choice):
+        self.choices.append(choice)
+        return choose(self.prefill(tokens), choice)
+
+    def step_many(self, conversations, tokens, choices=None):
+        assert list(conversations) == [self]
+        self.choices += choices
+        logits = self.prefill([*tokens])
+        return [logits if choices[0] is None else choose(logits, choices[0])]
+
+    def another(self):
+        raise NotImplementedError
+
+    def copy_prefix(self, source, length):
+        raise NotImplementedError
+
+
+def test_the_parts_of_next_are_next():
+    whole = generate(ScriptedSession([4, 5, 6, 1]), [2, 3], stop_ids={1})
+    assert list(whole) == [4, 5, 6]
+    session = ScriptedSession([4, 5, 6, 1])
+    generation = generate(session, [2, 3], stop_ids={1})
+    assert (generation.pending(), next(generation)) == (None, 4)
+    made = [4]
+    while (token := generation.pending()) is not None:
+        picked = generation.take(session.step(token))
+        made += [] if picked is None else [picked]
+    assert (made, generation.finish_reason, session.seen) == ([4, 5, 6], "stop", [2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize(("limit", "context", "reason"), [(2, 32, "length"), (None, 3, "context")])
+def test_pending_says_when_an_answer_is_over(limit, context, reason):
+    session = ScriptedSession([4, 5, 6], context=context)
+    generation = generate(session, [2, 3], max_tokens=limit)
+    next(generation)
+    generation.take(session.step(generation.pending()))
+    assert generation.pending() is None
+    assert (generation.finish_reason, generation.tokens) == (reason, [4, 5])
+
+
+def test_a_session_that_chooses_gets_one_draw_per_token_and_makes_the_host_s_text():
+    sampling = Sampling(1.3, top_p=0.9, repeat_penalty=1.2, repeat_window=3, seed=5)
+    chosen = Choosing([0] * 6, noise=3)
+    there = list(generate(chosen, [2, 3], sampling, max_tokens=6))
+    logits = np.random.default_rng(3)
+    picker = Picker(sampling, recent=[2, 3])
+    here = [picker.pick(logits.normal(size=16).astype(np.float32)) for _ in range(6)]
+    assert there == here
+    draws = np.random.default_rng(5)
+    assert [choice.draw for choice in chosen.choices] == [draws.random() for _ in range(6)]
+    assert chosen.choices[2].recent == (3, *there[:2])
+
+
+def test_a_choice_stays_until_a_token_is_taken():
+    generation = generate(ScriptedSession([4]), [2], Sampling(1.0, seed=5))
+    assert generation.choice() == generation.choice()
+
+
+@pytest.mark.parametrize("needs", [{"constraint": Forbid()}, {"logprobs": 0}])
+def test_what_needs_logits_gets_them_from_a_session_that_could_choose(needs):
+    session = Choosing([4, 5, 1])
+    assert list(generate(session, [2], stop_ids={1}, **needs)) == [4, 5]
+    assert session.choices == [None, None]  # and the prompt's came from `prefill`
+
+
+def test_a_session_that_could_not_choose_says_so():
+    class Broken(Choosing):
+        def prefill_choose(self, tokens, choice):
+            return -1
+
+    with pytest.raises(FoxEdgeError, match="not numbers"):
+        next(generate(Broken([4]), [2]))
+
+
+def test_a_session_that_chooses_is_a_batching_one_and_another_is_not():
+    assert isinstance(Choosing([]), BatchingSession)
+    assert not isinstance(ScriptedSession([]), BatchingSession)

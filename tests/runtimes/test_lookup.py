@@ -20,8 +20,9 @@ from fox_edge.nano.problems import held_out
 from fox_edge.quant import GGUF, ONNX, find_recipe
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import Logits, Session, SessionOptions, open_session
-from runtimes.generate import Sampling, generate
+from runtimes.generate import generate
 from runtimes.lookup import GUARD, LONGEST, History, LookupSession, Worth, _leads, speculating
+from runtimes.sampling import Sampling
 from runtimes.torch import TorchSession
 
 VOCAB = 8

@@ -14,7 +14,7 @@ from fox_edge.tokenizer import Tokenizer
 from runtimes.chat import Chat
 from runtimes.commands import Commands
 from runtimes.conversation import load
-from runtimes.generate import Sampling
+from runtimes.sampling import Sampling
 from runtimes.terminal import Terminal
 from tests.runtimes.chatting import Parrot, Recorder, tokenizer_with
 
