@@ -1,0 +1,1 @@
+"""Fox on a CUDA device: weights, KV cache, decode step and its kernels."""
