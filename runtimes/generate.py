@@ -123,6 +123,7 @@ class Generation(Iterator[int]):
     "stop": a stop token came (it is not among the tokens); "length": max_tokens were made; "context": the
     context is full. None while tokens may still come. The newest token is in the session's cache only
     once the one after it was asked for. `logprobs` are those of `tokens`, where they were asked for.
+    `batching` is the session, where it can take steps together with others.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Generation(Iterator[int]):
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
         self._session, self._prompt, self._fed = session, prompt, 0
-        self._batching = session if isinstance(session, BatchingSession) else None
+        self.batching = session if isinstance(session, BatchingSession) else None
         window = sampling.repeat_window
         recent = [*history[max(0, len(history) - window) :], *prompt[max(0, len(prompt) - window) :]]
         self._picker = Picker(sampling, rng, constraint, logprobs, recent)
@@ -176,7 +177,7 @@ class Generation(Iterator[int]):
         """The token that is to be run next; None while the prompt is not run, and when the answer is over.
 
         Looks whether it is over: `finish_reason` then says why. With `choice` and `take` this is `next` in
-        parts, for whoever runs one token of several generations at once.
+        parts, for `run_together`.
         """
         if self.finish_reason is None and len(self.tokens) == self._max_tokens:
             self.finish_reason = "length"
@@ -210,15 +211,29 @@ class Generation(Iterator[int]):
     def _first(self) -> Logits | int:
         """Run what is left of the prompt."""
         rest, choice = self._prompt[self._fed :], self.choice()
-        if self._batching is not None and choice is not None:
-            return self._batching.prefill_choose(rest, choice)
+        if self.batching is not None and choice is not None:
+            return self.batching.prefill_choose(rest, choice)
         return self._session.prefill(rest)
 
     def _run(self, token: int) -> Logits | int:
         """Run one token, alone; where a session chooses by itself, no row of logits is moved for it."""
-        if self._batching is None:
+        if self.batching is None:
             return self._session.step(token)
-        return self._batching.step_many((self._batching,), (token,), (self.choice(),))[0]
+        return self.batching.step_many((self.batching,), (token,), (self.choice(),))[0]
+
+
+def run_together(generations: Sequence[Generation]) -> dict[Generation, Logits | int]:
+    """Run the newest token of each of several generations, in one pass over the weights that they share.
+
+    What `take` of each is to be given. One that is over is not among them, and none is where fewer than two
+    go on or their sessions cannot step together: `next` is for those. Raises what `step_many` raises.
+    """
+    steps = {g: token for g in generations if (token := g.pending()) is not None}
+    sessions = [g.batching for g in steps if g.batching is not None]
+    if len(steps) < 2 or len(sessions) < len(steps):
+        return {}
+    results = sessions[0].step_many(sessions, list(steps.values()), [g.choice() for g in steps])
+    return dict(zip(steps, results, strict=True))
 
 
 def generate(

@@ -1,9 +1,9 @@
 """The engine: one thread that owns the model, and lets several answers grow side by side.
 
 Every round, each answer that has begun gets one token, and one prompt that has not been read yet gets a part
-run, another one's in the next round: so a long prompt holds nobody up for longer than that part takes. Each
-token is computed as it would be alone, hence an answer does not depend on who else is asking. (A runtime that
-decodes several conversations at once would take the place of `_round`, and of nothing else.)
+run, another one's in the next round: so a long prompt holds nobody up for longer than that part takes. Where
+the session can, the tokens of all answers are run in one pass over the weights. Else each token is computed
+as it would be alone, and an answer does not depend on who else is asking.
 
 Knows sessions, tokens and a clock. Does not know text, HTTP, or who reads an answer.
 """
@@ -20,11 +20,11 @@ from typing import Literal, Protocol
 
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
-from runtimes.base import SharingSession
-from runtimes.generate import Constraint, FinishReason, Logprobs
+from runtimes.base import Logits, SharingSession
+from runtimes.generate import Constraint, FinishReason, Generation, Logprobs, run_together
 from runtimes.sampling import Sampling
 from runtimes.server.metrics import Metrics
-from runtimes.server.slots import CHUNK, Slot, Slots
+from runtimes.server.slots import Slot, Slots
 
 # Why an answer ended: by itself (generate.FinishReason), or because its reader had enough ("read"), hung up
 # ("cancelled"), it took too long ("timeout"), the server stopped ("shutdown"), or the model failed ("error").
@@ -221,27 +221,50 @@ class Engine:
     def _round(self) -> None:
         """One token for every answer that has begun, and a part of one prompt: the one least recently run."""
         reading = [slot for slot in self._running if not slot.generation or not slot.generation.tokens]
-        turn = min(reading, key=lambda slot: slot.last_part, default=None)
-        for slot, job in list(self._running.items()):
-            if slot in reading and slot is not turn:
-                continue
-            assert slot.generation is not None
+        self._write([slot for slot in self._running if slot not in reading])
+        if reading:
+            self._read(min(reading, key=lambda slot: slot.last_part))
+
+    def _read(self, slot: Slot) -> None:
+        """A part of a prompt; after the last one comes the first token."""
+        job, generation = self._running[slot], slot.generation
+        assert generation is not None
+        self._rounds += 1
+        slot.last_part = self._rounds
+        try:
+            if not generation.feed(slot.part):
+                self._deliver(slot, job, next(generation, None))
+        except Exception as error:
+            self._fail(job, error, slot)
+
+    def _write(self, slots: list[Slot]) -> None:
+        """One token for each of several answers, in one pass where the model can."""
+        results = self._run_together([slot.generation for slot in slots if slot.generation is not None])
+        for slot in slots:
+            job, generation = self._running[slot], slot.generation
+            assert generation is not None
             try:
-                if slot is turn:
-                    self._rounds += 1
-                    slot.last_part = self._rounds
-                    if slot.generation.feed(CHUNK):
-                        continue
-                # After the last part of a prompt comes the first token.
-                self._step(slot, job)
+                together = generation in results
+                token = generation.take(results[generation]) if together else next(generation, None)
+                self._deliver(slot, job, token)
             except Exception as error:
                 self._fail(job, error, slot)
 
-    def _step(self, slot: Slot, job: Job) -> None:
-        """One token of one answer."""
+    def _run_together(self, generations: list[Generation]) -> dict[Generation, Logits | int]:
+        """What comes of one pass; nothing where it fails.
+
+        All conversations are then as they were: each is run alone, and the one at fault ends alone.
+        """
+        try:
+            return run_together(generations)
+        except Exception as error:
+            say(f"a pass for {len(generations)} answers at once failed, each is tried alone: {error}")
+            return {}
+
+    def _deliver(self, slot: Slot, job: Job, token: int | None) -> None:
+        """Hand an answer's newest token to its reader; None: there is none, the answer is over."""
         generation = slot.generation
         assert generation is not None
-        token = next(generation, None)
         if token is None:
             assert generation.finish_reason is not None
             self._end(job, generation.finish_reason, slot)

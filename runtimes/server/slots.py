@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtimes.base import SharingSession
+from runtimes.base import BatchingSession, SharingSession
 from runtimes.generate import Generation
 from runtimes.prefix import PrefixCache
 
-# Tokens of a prompt that run at once, while other slots wait for their next token. Also the step at which a
-# prefix of another conversation is reused: every prompt is cut at the same places, whatever is cached.
+# Tokens of a prompt that run at once, while other slots wait for their next token, where the session does not
+# say how many. Also the step at which a prefix of another conversation is reused: every prompt is cut at the
+# same places, whatever is cached.
 CHUNK = 64
 # A slot is taken over when the new prompt goes on from at least this share of what it holds.
 _WORTH_TAKING = 0.5
 
 
 class Slot:
-    """One conversation: a session's cache, and the generation that runs in it, if one does."""
+    """One conversation: a session's cache, and the generation that runs in it, if one does.
+
+    `part` tokens of a prompt are run at once.
+    """
 
     def __init__(self, number: int, session: SharingSession) -> None:
         self.number = number
-        self.cache = PrefixCache(session, CHUNK)
+        self.part = session.prefill_chunk if isinstance(session, BatchingSession) else CHUNK
+        self.cache = PrefixCache(session, self.part)
         self.generation: Generation | None = None
         self.last_used = 0  # a count that grows, not a time
         self.last_part = 0  # in which round a part of its prompt was run

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from runtimes.generate import Logprobs
+from runtimes.sampling import Choice, choose
 from runtimes.server.engine import Engine, Job, Outcome
 
 VOCAB = 97
@@ -39,6 +41,7 @@ class Family:
     open: int = 0
     sessions: int = 0
     on_call: Callable[[int, list[int]], None] | None = None
+    choices: list[list[Choice | None]] = field(default_factory=list)  # of every pass for several
 
 
 class FakeSession:
@@ -96,6 +99,35 @@ class FakeSession:
         self.family.open -= 1
 
 
+class BatchingFake(FakeSession):
+    """See `runtimes.base.BatchingSession`: a pass for several is noted as one call of `step_many`."""
+
+    prefill_chunk = 16
+
+    def step_many(self, conversations, tokens, choices=None):
+        choices = choices or [None] * len(tokens)
+        held = [conversation.length for conversation in conversations]
+        assert len({conversation.number for conversation in conversations}) == len(conversations)
+        calls, self.family.calls = self.family.calls, []
+        try:
+            rows = [c.step(t) for c, t in zip(conversations, tokens, strict=True)]
+        except BaseException:
+            for conversation, length in zip(conversations, held, strict=True):
+                conversation.truncate(length)
+            raise
+        finally:
+            calls.append((self.number, "step_many", len(tokens)))
+            self.family.calls = calls
+        self.family.choices.append(list(choices))
+        return [r if c is None else choose(r, c) for r, c in zip(rows, choices, strict=True)]
+
+    def prefill_choose(self, tokens, choice):
+        return choose(self.prefill(tokens), choice)
+
+    def another(self):
+        return BatchingFake(self.context, self.family)
+
+
 class Listener:
     """A Reader that remembers; `log` is shared by several, to see who got a token when."""
 
@@ -131,9 +163,10 @@ def ask(
     count: int = 5,
     listener: Listener | None = None,
     timeout_s: float | None = None,
+    **fields: Any,
 ) -> tuple[Listener, Job]:
     """Submit a job for so many tokens."""
     listener = listener or Listener()
-    job = Job(list(prompt), listener, stop_ids={STOP}, max_tokens=count, timeout_s=timeout_s)
+    job = Job(list(prompt), listener, stop_ids={STOP}, max_tokens=count, timeout_s=timeout_s, **fields)
     engine.submit(job)
     return listener, job
