@@ -1,7 +1,7 @@
 """An ONNX artifact's data file, filled: rows are rounded and written to the places that were planned.
 
 Knows where a row lies and what its type makes of it; not the order of the work (rounding.py), nor the
-arithmetic (blockwise.py), nor the operators that read the file.
+arithmetic (fox_edge/blockwise.py), nor the operators that read the file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import torch
 from torch import Tensor
 
-from export.blockwise import Blocks, dequantize, quantize, quantize_compensated
+from export.blockwise import quantize_compensated
 from export.common import write_at
 from export.compensate import Compensation
 from export.onnx_layout import COS, SIN, Layout, Range
 from export.rounding import COMPENSATED_ROWS, Guide
+from fox_edge.blockwise import Blocks, column_scales, dequantize, quantize
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.model import rotary_tables
@@ -23,8 +24,6 @@ from fox_edge.quant import QuantType
 
 # Weights per task: its float32 rows and the quantizer's temporaries stay in a core's cache.
 TASK_WEIGHTS = 1 << 17
-# Pieces, evenly spread over a matrix, from which the size of its columns is learned, and weights of each.
-_SCALE_SAMPLES, _SCALE_WEIGHTS = 256, 1 << 17
 
 
 class OnnxTarget:
@@ -75,28 +74,6 @@ class OnnxTarget:
         kept = Blocks(blocks.packed[keep], blocks.scales[keep], None if points is None else points[keep])
         restored = dequantize(kept, matrix.type)
         return restored if columns is None else restored * columns
-
-
-def column_scales(checkpoint: Checkpoint, name: str) -> Tensor:
-    """What to divide the columns of a matrix by before it is rounded in blocks along its rows: (C,), mean 1.
-
-    From a sample of the rows when there are very many.
-
-    A few columns of an embedding can be dozens of times larger than the others; the block that holds one has
-    steps too wide for all its neighbours. With e_j the size of column j, the error of a block grows like
-    sum(c_j^2) * sum(e_j^2 / c_j^2), which is least for c_j = sqrt(e_j) (Cauchy-Schwarz).
-    """
-    rows, columns = checkpoint.shapes()[name]
-    step = max(1, _SCALE_WEIGHTS // columns)
-    starts = range(0, rows, step)
-    starts = starts[:: -(-len(starts) // _SCALE_SAMPLES)]
-    squares = torch.zeros(columns)
-    for start in starts:
-        squares += checkpoint.float_rows(name, start, min(start + step, rows)).square().sum(0)
-    checkpoint.release(name)
-    scales = squares.pow(0.25)
-    scales = torch.where(torch.isfinite(scales) & (scales > 0), scales, 1.0)
-    return scales / scales.mean()
 
 
 def _quantize(rows: Tensor, type_: QuantType, guide: Guide) -> Blocks:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.blockwise import dequantize, quantize, quantize_compensated, search, unpack
+from export.blockwise import quantize_compensated
 from export.compensate import FLOOR, Compensation, gram, importance
+from fox_edge.blockwise import dequantize, quantize, search, unpack
 from fox_edge.errors import RecipeError
 from fox_edge.quant import ONNX, TYPES, QuantType
 

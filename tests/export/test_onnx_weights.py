@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export.onnx import export_onnx
-from export.onnx_weights import column_scales
+from fox_edge.blockwise import column_scales
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.nano.problems import held_out
 from fox_edge.quant import EMBEDDING, HEAD, INT4_LIMITS, ONNX, ROUNDINGS, Recipe, find_recipe

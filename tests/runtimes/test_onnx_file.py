@@ -11,10 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export.blockwise import dequantize, quantize
 from export.onnx import DATA_FILE, export_onnx
-from export.onnx_weights import column_scales
 from fox_edge.artifact import Artifact
+from fox_edge.blockwise import column_scales, dequantize, quantize
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, VerificationError
 from fox_edge.quant import EMBEDDING, HEAD, ONNX, TYPES, find_recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.blockwise import Blocks, dequantize, pack, quantize, unpack
+from fox_edge.blockwise import Blocks, dequantize, pack, quantize, unpack
 from fox_edge.errors import RecipeError
 from fox_edge.quant import ONNX, TYPES, QuantType
 
