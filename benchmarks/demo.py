@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import bench
-from benchmarks.checks import LOGIT_TOKENS
-from benchmarks.evaluate import evaluate
-from benchmarks.fidelity import compare, reference_text
-from benchmarks.findings import findings
-from benchmarks.profiles import PROFILES
-from benchmarks.reference import ReferenceScorer
-from benchmarks.report import make_report, need_folder, report_text, write_report
-from benchmarks.subject import TORCH_PREFIX, open_subject
+from benchmarks.accuracy.evaluate import evaluate
+from benchmarks.common.subject import TORCH_PREFIX, open_subject
+from benchmarks.devices.profiles import PROFILES
+from benchmarks.fidelity.checks import LOGIT_TOKENS
+from benchmarks.fidelity.divergence import compare, reference_text
+from benchmarks.fidelity.reference import ReferenceScorer
+from benchmarks.latency.bench import bench
+from benchmarks.report.document import make_report, need_folder, report_text, write_report
+from benchmarks.report.findings import findings
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity_job import session_logits
+from benchmarks.common.machine import machine, peak_rss_bytes
+from benchmarks.common.subject import open_subject
+from benchmarks.common.table import Column, render
+from benchmarks.fidelity.job import session_logits
+from benchmarks.fidelity.texts import Windows, read_windows
 from benchmarks.full_shape import fox_edge, random_exports, write_results
-from benchmarks.machine import machine, peak_rss_bytes
-from benchmarks.processes import run_worker
-from benchmarks.subject import open_subject
-from benchmarks.table import Column, render
-from benchmarks.texts import Windows, read_windows
+from benchmarks.processes.launch import run_worker
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from runtimes.base import SCORE_CHUNK, SessionOptions

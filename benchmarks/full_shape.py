@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.common.machine import machine
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
@@ -227,7 +227,7 @@ def llama_cpp_exports(checkpoint: Path, work: Path, source: Path, build: Path) -
 _REFERENCE_LOAD = """
 import json, sys, time
 import torch
-from benchmarks.machine import memory
+from benchmarks.common.machine import memory
 from fox_edge.checkpoint import Checkpoint
 before = memory()
 start = time.perf_counter()

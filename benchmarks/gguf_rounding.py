@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.machine import machine
+from benchmarks.fidelity.reference import ReferenceScorer
 from benchmarks.full_shape import fox_edge, medians, random_checkpoint, write_results
-from benchmarks.machine import machine
-from benchmarks.reference import ReferenceScorer
 from benchmarks.rounding import WINDOW, WINDOWS, measured, windows
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint

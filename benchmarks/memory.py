@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.machine import machine, memory
+from benchmarks.common.subject import TORCH_PREFIX, open_subject
+from benchmarks.common.table import Column, render
 from benchmarks.full_shape import fox_edge, random_exports, write_results
-from benchmarks.machine import machine, memory
-from benchmarks.processes import run_worker
-from benchmarks.subject import TORCH_PREFIX, open_subject
-from benchmarks.table import Column, render
+from benchmarks.processes.launch import run_worker
 from fox_edge.progress import say
 from runtimes.base import SessionOptions
 from runtimes.generate import GREEDY, generate

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.machine import machine
 from benchmarks.full_shape import fox_edge, medians, random_checkpoint, run, write_results
-from benchmarks.machine import machine
 
 _COMMAND = "python -m benchmarks.onnx_shape WORK --results FILE.json --genai PYTHON"
 OURS = "onnx-int4-compensated"

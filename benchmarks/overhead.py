@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.conditions import Noise, describe, snapshot
+from benchmarks.common.machine import machine
+from benchmarks.common.subject import open_subject
+from benchmarks.common.table import Column, render
 from benchmarks.full_shape import write_results
-from benchmarks.intervals import bootstrap_median
-from benchmarks.machine import machine
-from benchmarks.subject import open_subject
-from benchmarks.table import Column, render
-from benchmarks.users import Clock, time_turn
-from benchmarks.workloads import find_workload, waves
+from benchmarks.latency.conditions import Noise, describe, snapshot
+from benchmarks.latency.intervals import bootstrap_median
+from benchmarks.latency.users import Clock, time_turn
+from benchmarks.latency.workloads import find_workload, waves
 from fox_edge.progress import Progress
 from runtimes.base import Logits, Session, SessionOptions
 

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.fidelity import look, perplexities, side_by_side, summary
-from benchmarks.fidelity_job import session_logits
+from benchmarks.common.machine import machine
+from benchmarks.common.subject import open_subject
+from benchmarks.common.table import Column, render
+from benchmarks.fidelity.divergence import look, perplexities, side_by_side, summary
+from benchmarks.fidelity.job import session_logits
+from benchmarks.fidelity.reference import ReferenceHead, hidden_states
+from benchmarks.fidelity.texts import WINDOW, Windows, built_in_text, read_windows
 from benchmarks.full_shape import fox_edge, write_results
-from benchmarks.machine import machine
-from benchmarks.reference import ReferenceHead, hidden_states
-from benchmarks.subject import open_subject
-from benchmarks.table import Column, render
-from benchmarks.texts import WINDOW, Windows, built_in_text, read_windows
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

@@ -4,7 +4,7 @@
 
 Every artifact answers the questions twice in processes of their own, in turn, as often as `--repeats` says:
 once with the keys and values of the worked examples kept, once with every prompt run whole. Knows jobs and
-clocks; how an answer is made is answer.py's.
+clocks; how an answer is made is accuracy/answer.py's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gsm8k import judge
-from benchmarks.machine import machine
-from benchmarks.processes import run_worker
-from benchmarks.subject import open_subject
-from benchmarks.table import Column, render
-from benchmarks.tasks import Task, TaskOptions, make_task
+from benchmarks.accuracy.gsm8k import judge
+from benchmarks.accuracy.tasks import Task, TaskOptions, make_task
+from benchmarks.common.machine import machine
+from benchmarks.common.subject import open_subject
+from benchmarks.common.table import Column, render
+from benchmarks.processes.launch import run_worker
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import Progress, say
 

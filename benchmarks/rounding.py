@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fidelity import Fidelity, compare
+from benchmarks.accuracy.gsm8k import read_split
+from benchmarks.common.machine import machine
+from benchmarks.common.subject import Subject, open_subject
+from benchmarks.fidelity.divergence import Fidelity, compare
+from benchmarks.fidelity.reference import ReferenceScorer
 from benchmarks.full_shape import write_results
-from benchmarks.gsm8k import read_split
-from benchmarks.machine import machine
 from benchmarks.onnx_shape import peer_versions
-from benchmarks.reference import ReferenceScorer
-from benchmarks.subject import Subject, open_subject
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.progress import say
 from fox_edge.tokenizer import Tokenizer

@@ -5,7 +5,7 @@
 Every client asks held-out word problems under the same system prompt, greedy, and each answer must be, letter
 by letter, the one that a lone client got before. `--peer URL` puts the same load on another server that
 speaks OpenAI's interface, after ours has ended. Knows the command line and figures; how clients ask is
-load.py's.
+latency/server_load.py's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common.machine import machine
+from benchmarks.common.table import Column, render
 from benchmarks.full_shape import write_results
-from benchmarks.load import Endpoint, Messages, load
-from benchmarks.machine import machine
-from benchmarks.table import Column, render
+from benchmarks.latency.server_load import Endpoint, Messages, load
 from fox_edge.errors import FoxEdgeError
 from fox_edge.nano.problems import held_out
 from fox_edge.progress import say

@@ -19,13 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answer import encode
+from benchmarks.accuracy.answer import encode
+from benchmarks.accuracy.tasks import TaskOptions, make_task
+from benchmarks.common.machine import machine
+from benchmarks.common.subject import open_subject
+from benchmarks.common.table import Column, render
 from benchmarks.full_shape import write_results
-from benchmarks.machine import machine
-from benchmarks.processes import run_worker
-from benchmarks.subject import open_subject
-from benchmarks.table import Column, render
-from benchmarks.tasks import TaskOptions, make_task
+from benchmarks.processes.launch import run_worker
 from fox_edge.nano.problems import held_out
 from fox_edge.progress import say
 from runtimes.base import Session, SessionOptions

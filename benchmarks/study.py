@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluate import evaluate, make_any_task
-from benchmarks.fidelity_task import evaluate_fidelity
-from benchmarks.profiles import PROFILES
-from benchmarks.records import is_number
-from benchmarks.report import make_report, need_folder, report_text, write_report
-from benchmarks.subject import Subject, open_subject
-from benchmarks.tasks import TaskOptions
+from benchmarks.accuracy.evaluate import evaluate, make_any_task
+from benchmarks.accuracy.tasks import TaskOptions
+from benchmarks.common.subject import Subject, open_subject
+from benchmarks.devices.profiles import PROFILES
+from benchmarks.fidelity.task import evaluate_fidelity
+from benchmarks.report.document import make_report, need_folder, report_text, write_report
+from benchmarks.report.records import is_number
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.progress import say
 from runtimes.base import TORCH_PREFIX

@@ -74,8 +74,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from benchmarks.peak import AnonymousPeak
-    from benchmarks.verify import Verifier
+    from benchmarks.fidelity.verify import Verifier
+    from benchmarks.processes.peak import AnonymousPeak
     from fox_edge.artifact import export_summary, export_text
 
     said = ("compat", "rounding", "calibrate", "imatrix")
@@ -131,7 +131,7 @@ def _imatrix(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from benchmarks.verify import FOREIGN_LIMITS, limits_of, verify, verify_foreign, verify_text
+    from benchmarks.fidelity.verify import FOREIGN_LIMITS, limits_of, verify, verify_foreign, verify_text
     from fox_edge.artifact import Artifact
     from runtimes.base import is_foreign
 
@@ -209,7 +209,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from benchmarks.bench import bench, bench_text
+    from benchmarks.latency.bench import bench, bench_text
 
     measure = partial(
         bench,
@@ -265,7 +265,7 @@ def _study(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> N
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from benchmarks.tune import tune, tune_text
+    from benchmarks.latency.tune import tune, tune_text
 
     _print(args, tune(args.artifact, args.prefer), tune_text)
 
@@ -273,7 +273,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     if args.task == "fidelity":
         return _eval_fidelity(args)
-    from benchmarks.evaluate import evaluate, evaluate_text
+    from benchmarks.accuracy.evaluate import evaluate, evaluate_text
 
     for word in ("checkpoint", "text", "tokens", "window", "score_from"):
         if getattr(args, word) is not None:
@@ -294,7 +294,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _eval_fidelity(args: argparse.Namespace) -> None:
-    from benchmarks.fidelity_task import evaluate_fidelity, fidelity_text
+    from benchmarks.fidelity.task import evaluate_fidelity, fidelity_text
 
     if args.checkpoint is None:
         raise FoxEdgeError("--task fidelity compares with --checkpoint; give one")
@@ -311,15 +311,15 @@ def _eval_fidelity(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from benchmarks.sweep import sweep
-    from benchmarks.sweep_rows import sweep_text
+    from benchmarks.sweep.rows import sweep_text
+    from benchmarks.sweep.run import sweep
 
     out = Path(args.out) if args.out else None
     _print(args, sweep(Path(args.sweep), out=out, ray=args.ray, retry=args.retry), sweep_text)
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from benchmarks.compare import compare, compare_text
+    from benchmarks.report.compare import compare, compare_text
 
     result = compare(Path(args.before), Path(args.after), tolerance_percent=args.tolerance)
     _print(args, result, compare_text)

@@ -1,9 +1,9 @@
 """Choices that were measured to suit this machine, kept beside an artifact, read back with care.
 
-`fox-edge tune` (benchmarks/tune.py) measures and writes them; whoever opens a session for a user asks here. A
-record is for one machine, one library version and one model file; several lie side by side. Whoever can write
-to the folder could have written one: only known choices within bounds are taken, and choices alone never
-reach further than the same choices on the command line. Knows records and options; measures nothing.
+`fox-edge tune` (benchmarks/latency/tune.py) measures and writes them; whoever opens a session for a user asks
+here. A record is for one machine, one library version and one model file; several lie side by side. Whoever
+can write to the folder could have written one: only known choices within bounds are taken, and choices alone
+never reach further than the same choices on the command line. Knows records and options; measures nothing.
 """
 
 from __future__ import annotations

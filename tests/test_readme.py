@@ -50,12 +50,12 @@ def test_tables_come_from_the_results_files() -> None:
 def tree_paths() -> list[str]:
     """Paths of the README's file tree; two spaces of indent are one folder deeper."""
     body = next(body for language, body in BLOCKS if language == "" and body.startswith("fox_edge/"))
-    folder, paths = "", []
+    folders: list[str] = []
+    paths = []
     for line in body.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name
-        paths.append(name if not line.startswith(" ") else folder + name)
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [line.split()[0]]
+        paths.append("".join(folders))
     return paths
 
 
@@ -63,11 +63,12 @@ def test_the_tree_is_the_tree() -> None:
     told = {path.rstrip("/") for path in tree_paths()}
     missing = [path for path in told if not (ROOT / path).exists()]
     assert missing == []
-    rooms = ("fox_edge", "export", "runtimes", "benchmarks")
+    rooms = [ROOT / room for room in ("fox_edge", "export", "runtimes", "benchmarks")]
+    rooms += [path.parent for path in (ROOT / "benchmarks").glob("*/__init__.py")]
     modules = {
         str(path.relative_to(ROOT))
         for room in rooms
-        for path in (ROOT / room).glob("*.py")
+        for path in room.glob("*.py")
         if path.name != "__init__.py"
     }
     assert modules - told == set()

@@ -58,8 +58,8 @@ def nano_gguf(tmp_path_factory):
 @pytest.fixture
 def known_machine(monkeypatch):
     """A machine whose bandwidth is known, and that reckons neither operations nor memory."""
-    from benchmarks import bench, bounds
-    from benchmarks.roofline import Bandwidth
+    from benchmarks.devices.roofline import Bandwidth
+    from benchmarks.latency import bench, bounds
 
     ceiling = Bandwidth(1e9, "said", 1 << 20, 1, {"said": 1e9})
     monkeypatch.setattr(bench, "read_bandwidth", lambda *_, **__: ceiling)

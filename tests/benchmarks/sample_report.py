@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from benchmarks.baseline import baseline
+from benchmarks.devices.baseline import baseline
 
 NAMES = {
     "torch:nano": "PyTorch BF16",

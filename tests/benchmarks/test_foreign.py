@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.bench import bench, bench_text
-from benchmarks.evaluate import evaluate
-from benchmarks.subject import open_subject
-from benchmarks.verify import FOREIGN_LIMITS, verify_foreign, verify_text
+from benchmarks.accuracy.evaluate import evaluate
+from benchmarks.common.subject import open_subject
+from benchmarks.fidelity.verify import FOREIGN_LIMITS, verify_foreign, verify_text
+from benchmarks.latency.bench import bench, bench_text
 from fox_edge import cli
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import Limits

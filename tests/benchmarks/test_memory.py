@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import memory as module
 from benchmarks.memory import CASES, compare, flags, main, table
-from benchmarks.processes import run_worker
+from benchmarks.processes.launch import run_worker
 from benchmarks.readme import memory_table
 from export.gguf import export_gguf
 from fox_edge import cli

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from benchmarks import bench, overhead, repeats
-from benchmarks.rows import FIGURES
+from benchmarks import overhead, repeats
+from benchmarks.latency import bench
+from benchmarks.latency.rows import FIGURES
 from fox_edge.errors import FoxEdgeError
-
-from .fake_session import Clock, FakeSession
+from tests.benchmarks.fake_session import Clock, FakeSession
 
 
 def test_the_bare_loop_and_the_harness_ask_the_same_of_a_model():

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.fidelity import kl_nats
+from benchmarks.fidelity.divergence import kl_nats
+from benchmarks.fidelity.texts import Windows
 from benchmarks.fidelity_cost import medians
 from benchmarks.perplexity_peer import (
     as_stored,
@@ -15,7 +16,6 @@ from benchmarks.perplexity_peer import (
     rounded_figures,
     stored_divergence,
 )
-from benchmarks.texts import Windows
 from fox_edge.errors import FoxEdgeError
 
 # As the program prints it; figures made up.

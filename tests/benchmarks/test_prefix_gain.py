@@ -6,10 +6,9 @@ import sys
 import pytest
 
 from benchmarks import prefix_gain
-from benchmarks.tasks import TaskOptions
+from benchmarks.accuracy.tasks import TaskOptions
 from fox_edge.errors import FoxEdgeError
-
-from .harness_data import gsm8k_row, rows, write_jsonl
+from tests.benchmarks.harness_data import gsm8k_row, rows, write_jsonl
 
 
 @pytest.fixture

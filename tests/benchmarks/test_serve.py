@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import Endpoint, Reply, Tally, load, percentile
+from benchmarks.latency.server_load import Endpoint, Reply, Tally, load, percentile
 from benchmarks.serve import measure, questions, rss_of
 from export.gguf import export_gguf
 from fox_edge.checkpoint import Checkpoint

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import study as module
-from benchmarks.report import FILES, read_report
+from benchmarks.report.document import FILES, read_report
 from benchmarks.study import study
 from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
-
-from .conftest import NANO, Checkpoint
-from .sample_report import full_result
+from tests.benchmarks.conftest import NANO, Checkpoint
+from tests.benchmarks.sample_report import full_result
 
 SPEC = "torch:nano"
 

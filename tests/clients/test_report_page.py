@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import make_report, write_report
+from benchmarks.report.document import make_report, write_report
 from tests.benchmarks.sample_report import PROFILES, full_evaluation, full_fidelity, full_result
 from tests.clients.helpers import HERE, need_chromium, need_node, run_node
 

@@ -30,7 +30,7 @@ WORKER = """
 import json, shutil, sys, traceback
 from pathlib import Path
 import torch
-from benchmarks.verify import limits_of, verify
+from benchmarks.fidelity.verify import limits_of, verify
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError

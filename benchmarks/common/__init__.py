@@ -1,0 +1,1 @@
+"""What every room stands on: what can be measured, the machine, the terminal's table."""

@@ -1,0 +1,1 @@
+"""What a device allows: the sum of memory, ceilings, projections, and the baseline beside it."""

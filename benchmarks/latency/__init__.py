@@ -1,0 +1,1 @@
+"""Speed and memory of open models: what is asked, the clock, the rounds, rows and their intervals."""

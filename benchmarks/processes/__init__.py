@@ -1,0 +1,1 @@
+"""Work in processes of their own: started, capped, watched, and told how they died."""

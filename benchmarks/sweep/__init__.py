@@ -1,0 +1,1 @@
+"""Many exports, measured and questioned as a graph of steps, here or on a cluster."""
