@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def doctor_text(result: dict[str, Any]) -> str:
 
 
 def _try(name: str, modules: tuple[str, ...], extra: str | None) -> Finding:
-    versions = []
+    versions, details = [], []
     for module in modules:
         try:
             found = importlib.import_module(module)
@@ -67,7 +68,30 @@ def _try(name: str, modules: tuple[str, ...], extra: str | None) -> Finding:
         except Exception as error:  # a broken native library can raise anything; that is what a doctor is for
             return Finding(name, False, None, f"{module} is installed but does not load: {error}")
         versions.append(f"{module.split('.')[0]} {getattr(found, '__version__', None) or _version(module)}")
-    return Finding(name, True, ", ".join(versions), "")
+        if module in _DEVICES:
+            details.append(_DEVICES[module](found))
+    return Finding(name, True, ", ".join(versions), "; ".join(filter(None, details)))
+
+
+def _llama_cpp_device(module: Any) -> str:
+    """What a build with CUDA can do here; nothing of one for the CPU."""
+    if b"CUDA" not in module.llama_print_system_info():
+        return ""
+    sees = module.llama_supports_gpu_offload()
+    return "built with CUDA: --device cuda" if sees else "built with CUDA, but sees no GPU"
+
+
+def _onnxruntime_device(module: Any) -> str:
+    """The same of onnxruntime-gpu."""
+    has = "CUDAExecutionProvider" in module.get_available_providers()
+    return "has a CUDA provider: --device cuda" if has else ""
+
+
+# Import name -> what there is to say of devices beside the CPU.
+_DEVICES: dict[str, Callable[[Any], str]] = {
+    "llama_cpp": _llama_cpp_device,
+    "onnxruntime": _onnxruntime_device,
+}
 
 
 def _cuda() -> Finding:

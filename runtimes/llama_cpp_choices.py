@@ -13,16 +13,18 @@ from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import physical_cores
 from fox_edge.quant import GGUF
-from runtimes.base import SessionOptions, check_choices
+from runtimes.base import CPU, CUDA, SessionOptions, check_choices
 from runtimes.kv_types import KV_TYPES, default_kv
+from runtimes.llama_cpp_device import check_device, choose_device
 
 DEFAULT_KV = default_kv(GGUF)
-_CHOICES = ("prompt_threads", "flash_attention", "repack", "mmap")
+_CHOICES = ("prompt_threads", "flash_attention", "repack", "mmap", "batch")
 
 
 def check_options(options: SessionOptions) -> None:
     """Raises FoxEdgeError for choices that llama.cpp does not have, or not together."""
-    check_choices(options, "llama.cpp", tuple(KV_TYPES[GGUF]), _CHOICES)
+    check_choices(options, "llama.cpp", tuple(KV_TYPES[GGUF]), _CHOICES, (CPU, CUDA))
+    check_device(options)
     if options.kv not in (None, DEFAULT_KV) and options.flash_attention is False:
         raise FoxEdgeError(f"--flash-attention off: a KV cache of {options.kv} needs it on")
 
@@ -39,6 +41,7 @@ def check_kv_blocks(options: SessionOptions, config: FoxConfig) -> None:
 
 def choose_for_model(params: Any, options: SessionOptions) -> None:
     """Write into llama_model_params what was chosen; the rest stays llama.cpp's."""
+    choose_device(params, options)
     if options.repack is not None:
         params.use_extra_bufts = options.repack
     if options.mmap is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fox_edge.errors import ArtifactError, MissingPackageError
+from fox_edge.errors import ArtifactError, FoxEdgeError, MissingPackageError
+from runtimes.base import CUDA, SessionOptions
 from runtimes.onnx_external import onnx
 
 try:
@@ -23,6 +24,34 @@ except ImportError:
     raise MissingPackageError("onnxruntime", "onnx") from None
 
 _QUIET = 3  # onnxruntime's log level for errors only
+_CPU_PROVIDER, _CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def check_device(options: SessionOptions) -> None:
+    """Raises FoxEdgeError when a GPU is asked for that this build of onnxruntime cannot use."""
+    if options.device == CUDA and _CUDA_PROVIDER not in ort.get_available_providers():
+        raise FoxEdgeError(
+            f"--device cuda: onnxruntime {ort.__version__} has no {_CUDA_PROVIDER} here; the package "
+            "onnxruntime-gpu, in the place of onnxruntime, brings it"
+        )
+
+
+def open_on(
+    model: bytes | str, options: ort.SessionOptions, device: str | None, name: Path
+) -> ort.InferenceSession:
+    """An onnxruntime session that computes on a device; what its CUDA provider cannot do, the CPU does.
+
+    Raises FoxEdgeError where that provider does not start, and onnxruntime's own errors.
+    """
+    providers = [_CUDA_PROVIDER, _CPU_PROVIDER] if device == CUDA else [_CPU_PROVIDER]
+    session = ort.InferenceSession(model, options, providers=providers)
+    # onnxruntime only warns, and goes on with the CPU alone.
+    if providers[0] not in session.get_providers():
+        raise FoxEdgeError(
+            f"{name}: onnxruntime's {providers[0]} does not start here; it needs an NVIDIA driver, and the "
+            "CUDA and cuDNN libraries that it was built for"
+        )
+    return session
 
 
 def open_engine(
@@ -32,11 +61,13 @@ def open_engine(
     name: Path,
     extra: Mapping[str, str] | None = None,
     save_to: Path | None = None,
+    device: str | None = None,
 ) -> Any:
     """An onnxruntime session of a graph whose data files are in `folder`.
 
     `name` is what an error speaks of, `extra` are more of onnxruntime's own settings; `save_to` is where
-    onnxruntime writes the graph as it will run it. Raises ArtifactError for a graph that it refuses.
+    onnxruntime writes the graph as it will run it; `device` is as in SessionOptions. Raises ArtifactError for
+    a graph that it refuses.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,7 +85,9 @@ def open_engine(
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return open_on(model.SerializeToString(), options, device, name)
+    except FoxEdgeError:
+        raise
     except Exception as error:
         # onnxruntime raises its own kinds and plain RuntimeErrors alike; all of them speak of this file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

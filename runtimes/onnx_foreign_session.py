@@ -1,4 +1,4 @@
-"""A session with an ONNX model that another tool exported: ONNX Runtime on the CPU, fed as its graph asks.
+"""A session with an ONNX model that another tool exported: ONNX Runtime, fed as its graph asks.
 
 Such graphs may want positions, may give logits for every token they are fed, and mostly make new keys and
 values instead of extending the old ones. Knows ONNX Runtime and the description of the graph; nothing of what
@@ -14,16 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError, MissingPackageError
+from fox_edge.errors import ArtifactError, ContextOverflowError, FoxEdgeError
 from fox_edge.processors import physical_cores
-from runtimes.base import SCORE_CHUNK, Logits, SessionOptions, SharingSession, check_choices, check_tokens
+from runtimes.base import (
+    CPU,
+    CUDA,
+    SCORE_CHUNK,
+    Logits,
+    SessionOptions,
+    SharingSession,
+    check_choices,
+    check_tokens,
+)
 from runtimes.memory import MemoryNeed, fitting_context
+from runtimes.onnx_engine import check_device, open_on, ort
 from runtimes.onnx_foreign import ForeignOnnx, Interface
-
-try:
-    import onnxruntime as ort
-except ImportError:
-    raise MissingPackageError("onnxruntime", "onnx") from None
 
 # Tokens of a prompt that run at once, and the most that their logits may take where all of them come back:
 # at Fox-1's vocabulary 256 tokens, as much as these tools' own generators hold for a prompt of that length.
@@ -52,7 +57,7 @@ class ForeignSession:
         self._chunk = _chunk(self._graph)
         need = self.need(foreign, options)
         self.context = fitting_context(need, options.context, foreign.context, str(foreign.path))
-        self._session: Any = self._open(options.threads or physical_cores())
+        self._session: Any = self._open(options.threads or physical_cores(), options.device)
         self._past: list[Any] = []
         self._past_length = 0
         self._empty_cache()
@@ -61,7 +66,9 @@ class ForeignSession:
     def need(foreign: ForeignOnnx, options: SessionOptions) -> MemoryNeed:
         """What it takes to open this; raises FoxEdgeError for choices that do not go."""
         graph = foreign.interface
-        check_choices(options, "another tool's graph", (np.dtype(graph.kv_type).name,))
+        kv = (np.dtype(graph.kv_type).name,)
+        check_choices(options, "another tool's graph", kv, devices=(CPU, CUDA))
+        check_device(options)
         # Keys and values that are made anew lie beside the old ones for a moment, of one conversation.
         per_position = graph.kv_bytes_per_position * (options.conversations + (not graph.shared))
         buffers = _row_bytes(graph) * (_chunk(graph) if _all_rows(graph) else 1)
@@ -134,20 +141,20 @@ class ForeignSession:
         """Free its keys and values, and the model with the last conversation."""
         self._session, self._past = None, []
 
-    def _open(self, threads: int) -> Any:
+    def _open(self, threads: int, device: str | None) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = _QUIET
         # Patterns of memory use are remembered per input shape, and every step has its own.
         options.enable_mem_pattern = False
-        return self._ask(
-            "open", lambda: ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-        )
+        return self._ask("open", lambda: open_on(str(self._path), options, device, self._path))
 
     def _ask(self, what: str, call: Any) -> Any:
         """Call onnxruntime, which raises its own kinds of error and plain ones alike; all are this file's."""
         try:
             return call()
+        except FoxEdgeError:
+            raise
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArtifactError(f"{self._path}: onnxruntime cannot {what} it ({reason})") from error

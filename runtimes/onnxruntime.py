@@ -26,6 +26,8 @@ from fox_edge.heap import trim_heap
 from fox_edge.processors import physical_cores
 from fox_edge.quant import ONNX
 from runtimes.base import (
+    CPU,
+    CUDA,
     SCORE_CHUNK,
     Logits,
     SessionOptions,
@@ -37,7 +39,7 @@ from runtimes.kv_types import KV_TYPES, default_kv, kv_bytes_per_position
 from runtimes.mapped_pages import drop_pages
 from runtimes.memory import MemoryNeed, fitting_context
 from runtimes.onnx_artifact import read_artifact_graph
-from runtimes.onnx_engine import cache_shapes, open_engine, ort, past_name
+from runtimes.onnx_engine import cache_shapes, check_device, open_engine, ort, past_name
 from runtimes.onnx_external import External, onnx
 from runtimes.onnx_kv import LayerPairs, kv_scales
 from runtimes.onnx_prepacked import lay_out, open_packed
@@ -66,7 +68,7 @@ class OnnxSession:
             raise ContextOverflowError(
                 f"a context of {options.context} positions was asked for; this model has 1 to {limit}"
             )
-        check_choices(options, "onnxruntime", tuple(KV_TYPES[ONNX]), takes=("accuracy_level",))
+        _check_options(options)
         kv = options.kv or default_kv(ONNX)
         graph = read_artifact_graph(artifact)
         need = memory_need(artifact, graph, options)
@@ -90,7 +92,7 @@ class OnnxSession:
     @staticmethod
     def need(artifact: Artifact, options: SessionOptions) -> MemoryNeed:
         """What it takes to open this, told from headers; raises FoxEdgeError for choices that do not go."""
-        check_choices(options, "onnxruntime", tuple(KV_TYPES[ONNX]), takes=("accuracy_level",))
+        _check_options(options)
         return memory_need(artifact, read_artifact_graph(artifact), options)
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
@@ -190,6 +192,13 @@ class OnnxSession:
         self.length += count
 
 
+def _check_options(options: SessionOptions) -> None:
+    """Raises FoxEdgeError for choices that onnxruntime does not have."""
+    takes = ("accuracy_level",)
+    check_choices(options, "onnxruntime", tuple(KV_TYPES[ONNX]), takes, devices=(CPU, CUDA))
+    check_device(options)
+
+
 def memory_need(artifact: Artifact, graph: onnx.ModelProto, options: SessionOptions) -> MemoryNeed:
     """What a session of this graph takes to generate: packed matrices, other weights, buffers, KV cache."""
     config = FoxConfig.read(artifact.path / "config.json")
@@ -225,10 +234,11 @@ def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionO
             model, kv_scales(artifact, lambda tokens: _extremes(artifact, options, tokens), options.cache)
         )
     # Packed matrices depend on the level; they are kept for the one that the artifact asks for.
-    if options.cache and options.accuracy_level is None:
+    # They are packed for a processor's kernels.
+    if options.cache and options.accuracy_level is None and options.device != CUDA:
         engine = open_packed(artifact, graph, model, threads)
     else:
-        engine = open_engine(model, artifact.path, threads, artifact.model_path)
+        engine = open_engine(model, artifact.path, threads, artifact.model_path, device=options.device)
     for path in _data_files(artifact, graph):
         # Scales were read in order to be packed; of the embedding, rows come as they are asked for.
         drop_pages(path)
