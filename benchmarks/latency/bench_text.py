@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common.table import Column, render
+from benchmarks.devices.card import card_text
 from benchmarks.latency.bounds_text import bounds_text
 from benchmarks.latency.conditions import conditions_text
 from benchmarks.latency.intervals import ENOUGH_ROUNDS
@@ -23,6 +24,7 @@ COLUMNS = (
     Column("peak MB", "peak_rss_bytes", "{:,.0f}", 1e-6),
     Column("rank", "rank", "{:d}"),
 )
+_CARD = Column("card MB", "peak_device_bytes", "{:,.0f}", 1e-6)
 _USERS = (Column("users", "users", "{:d}"), Column("all/s", "total_tokens_per_s", "{:,.1f}"))
 
 
@@ -31,12 +33,16 @@ def bench_text(result: dict[str, Any]) -> str:
     rows = [_shown(row) for row in result["results"] if "error" not in row]
     several = any(row["users"] > 1 for row in rows)
     columns = (COLUMNS[0], *_USERS, *COLUMNS[1:]) if several else COLUMNS
+    if any(row.get("peak_device_bytes") is not None for row in rows):
+        columns = (*columns[:-1], _CARD, columns[-1])
     lines = [render(columns, rows)] if rows else []
     lines += [f"{row['artifact']}: {row['error']}" for row in result["results"] if "error" in row]
     lines += [_ceiling(row) for row in rows]
     lines += _ties(rows, result["conditions"])
     lines.append(_what(result))
     lines.append(conditions_text(result["conditions"]))
+    if card := result["conditions"].get("card"):
+        lines.append(card_text(card))
     lines += bounds_text(result)
     return "\n".join(lines)
 
@@ -48,9 +54,11 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def _ceiling(row: dict[str, Any]) -> str:
     low, high = row["spread"]["decode_tokens_per_s"]
+    most = row["ceiling_tokens_per_s"]
+    so = "on a card that could not be measured" if most is None else f"so at most {most:,.0f} tok/s"
     return (
-        f"{row['artifact']}: {row['bytes_per_token'] / 1e6:,.1f} MB per token, so at most "
-        f"{row['ceiling_tokens_per_s']:,.0f} tok/s; {low:,.1f} to {high:,.1f} in {row['runs']} runs"
+        f"{row['artifact']}: {row['bytes_per_token'] / 1e6:,.1f} MB per token, {so}; "
+        f"{low:,.1f} to {high:,.1f} in {row['runs']} runs"
     )
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from benchmarks.common.machine import memory
 from benchmarks.common.subject import open_subject
+from benchmarks.devices.card import card_state, own_peak_bytes
+from benchmarks.devices.card_energy import CardEnergy
 from benchmarks.latency import page_cache
 from benchmarks.latency.conditions import EnergyMeter
 from benchmarks.latency.users import Clock, Turn, open_users, time_conversation, time_turn, time_users
@@ -53,21 +55,27 @@ def measure(session: Session, prompt: Sequence[int], decode_tokens: int) -> dict
 
 
 def measure_waves(
-    sessions: Sequence[Session], waves: Waves, decode_tokens: int, clock: Clock = time.perf_counter
+    sessions: Sequence[Session],
+    waves: Waves,
+    decode_tokens: int,
+    clock: Clock = time.perf_counter,
+    card: CardEnergy | None = None,
 ) -> dict[str, Any]:
     """Warm up, then as many passes through all waves as fit MEASURE_S (at least one).
 
     Rates and the time to the first token are medians over passes, the percentiles are of the times between
     any two tokens of an answer, all passes together. `cold_time_to_first_token_s` is the warm-up's: what the
-    very first question costs.
+    very first question costs. `card` is the meter of the card that the sessions compute on.
     """
     cold = _warm_up(sessions, waves[0], decode_tokens, clock)
     passes: list[list[list[Turn]]] = []
     meter = EnergyMeter()
+    card_before = card and card.read()
     before, deadline = meter.read(), clock() + MEASURE_S
     while not passes or (clock() < deadline and len(passes) < MAX_PASSES):
         passes.append([time_wave(sessions, wave, decode_tokens, clock) for wave in waves])
     joules = meter.joules(before, meter.read())
+    card_joules = card and card.joules(card_before, card.read())
     timings = [timing(turns) for turns in passes]
     tokens = sum(len(t.stamps_s) for turns in passes for wave in turns for t in wave)
     return {
@@ -75,6 +83,7 @@ def measure_waves(
         **token_percentiles([t for turns in passes for wave in turns for t in wave]),
         "cold_time_to_first_token_s": cold,
         "energy_joules_per_token": None if joules is None else joules / tokens,
+        "device_energy_joules_per_token": None if card_joules is None else card_joules / tokens,
         "passes": len(passes),
         "computed_prompt_tokens": sum(t.prompt_tokens for wave in passes[0] for t in wave),
         "output_tokens": tokens // len(passes),
@@ -154,8 +163,11 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
     session = subject.open_session(options)
     load_s = time.perf_counter() - start
     sessions = open_users(session, users, subject.runtime)
-    figures = measure_waves(sessions, job["waves"], job["decode_tokens"])
-    after = memory()
+    card = None if own_peak_bytes() is None else CardEnergy()
+    figures = measure_waves(sessions, job["waves"], job["decode_tokens"], card=card)
+    after, state = memory(), card and card_state()
+    if card is not None:
+        card.close()
     for each in reversed(sessions):
         each.close()
     return {
@@ -165,5 +177,7 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
         "anonymous_rss_bytes": after.anonymous,
         "file_rss_bytes": after.file,
         "empty_rss_bytes": before.rss,
+        "peak_device_bytes": own_peak_bytes(),
+        "card": state and state.to_json(),
         "notes": notes,
     }

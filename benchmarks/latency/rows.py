@@ -28,7 +28,9 @@ FIGURES = (
     "anonymous_rss_bytes",
     "file_rss_bytes",
     "empty_rss_bytes",
+    "peak_device_bytes",
     "energy_joules_per_token",
+    "device_energy_joules_per_token",
 )
 # What one pass through the workload came to; the same in every round.
 COUNTS = ("computed_prompt_tokens", "output_tokens")
@@ -36,7 +38,7 @@ RANKED_BY = "decode_tokens_per_s"
 
 
 def row(
-    subject: Subject, runs: Sequence[dict[str, Any]], ceiling: Bandwidth, positions: int
+    subject: Subject, runs: Sequence[dict[str, Any]], ceiling: Bandwidth | None, positions: int
 ) -> dict[str, Any]:
     """One result. A subject that died in one of its runs has 'error', and no figures."""
     known: dict[str, Any] = {
@@ -52,9 +54,10 @@ def row(
         return {**known, "error": runs[-1]["error"]}
     known |= figures(runs) | {key: runs[-1].get(key) for key in COUNTS}
     known["runs"] = len(runs)
-    known["ceiling_tokens_per_s"] = ceiling.bytes_per_s / known["bytes_per_token"]
+    most = None if ceiling is None else ceiling.bytes_per_s / known["bytes_per_token"]
+    known["ceiling_tokens_per_s"] = most
     # Of all users together: each of their tokens reads the weights anew.
-    known["roofline_percent"] = 100 * known["total_tokens_per_s"] / known["ceiling_tokens_per_s"]
+    known["roofline_percent"] = None if most is None else 100 * known["total_tokens_per_s"] / most
     return known
 
 

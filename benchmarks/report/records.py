@@ -31,6 +31,7 @@ _FIGURES = {
         *("anonymous_rss_bytes", "file_rss_bytes", "empty_rss_bytes", "ceiling_tokens_per_s"),
         *("roofline_percent", "prompt_ceiling_tokens_per_s", "prompt_roofline_percent"),
         *("energy_joules_per_token", "memory_cap_bytes", "rank", "runs", "users"),
+        *("peak_device_bytes", "device_energy_joules_per_token"),
         *("positions", "mean_kl_nats", "mean_kl_se_nats", "median_kl_nats", "p99_kl_nats", "max_kl_nats"),
         *("top1_agreement_percent", "top1_se_percent", "top5_agreement_percent", "reference_perplexity"),
         *("perplexity", "perplexity_ratio", "perplexity_ratio_se"),
@@ -64,6 +65,7 @@ _ROW = _FIGURES | {
     "quant": "text",
     "workload": "text",
     "page_cache": "text",
+    "device": "text",
     "profile": "text",
     "error": "text",
     "answer": "text",
@@ -94,6 +96,7 @@ _ROW = _FIGURES | {
     "curve": [{"from!": "number", "to!": "number", "mean_kl_nats!": "number"}],
     "tasks": [_GRADES],
 }
+_CARD = dict.fromkeys(("sm_clock_hz", "temperature_c", "power_w"), "number")
 _AROUND: dict[str, Any] = {
     "created": "text",
     "command": "text",
@@ -113,6 +116,7 @@ _AROUND: dict[str, Any] = {
         "noise_percent": "number",
         "noisy": "flag",
         "notes": ["text"],
+        "card": {"name!": "text", "driver!": "text", "before": _CARD, "after": _CARD, "notes!": ["text"]},
     },
     "settings": {
         "workload": "text",
@@ -122,8 +126,8 @@ _AROUND: dict[str, Any] = {
         "profile": "text",
         "session": {},
     },
-    "bandwidth": [{"buffer_bytes!": "number", "bytes_per_s!": "number", "method": "text"}],
-    "compute": [{"type!": "text", "operations_per_s!": "number", "method": "text"}],
+    "bandwidth": [{"buffer_bytes!": "number", "bytes_per_s!": "number", "method": "text", "device": "text"}],
+    "compute": [{"type!": "text", "operations_per_s!": "number", "method": "text", "device": "text"}],
     "baseline": _FIGURES
     | dict.fromkeys(("name", "model", "hardware", "runtime", "source", "memory_is", "format"), "text")
     | {"ours": "flag", "decode_is_at_least": "flag"},
