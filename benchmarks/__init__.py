@@ -8,6 +8,7 @@ A room imports from itself and from the rooms before it in this list, which a te
     devices      what a device allows
     accuracy     questions, answers and grades
     latency      speed and memory of open models
+    gpu          Fox-1's shape on one graphics card, against its floors
     report       what was found, told
     sweep        many exports, measured and questioned
 

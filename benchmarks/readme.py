@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gguf_rounding import preset_of
+from benchmarks.gpu import goals
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -338,6 +339,43 @@ def gguf_rounding_table(results: Mapping[str, Any]) -> str:
     return "\n\n".join([_markdown(head, rows), _markdown(pair_head, pairs), _machine(found["machine"])])
 
 
+def gpu_table(results: Mapping[str, Any]) -> str:
+    """The figures to reach on one card with their verdicts, then every rate beside its floor."""
+    rows = [
+        [
+            goal["what"],
+            goal["paper"],
+            goals.to_reach(goal),
+            goals.found(goal),
+            goal["verdict"] if goal["verdict"] == "reached" else f"**{goal['verdict']}**",
+        ]
+        for goal in results["goals"]
+    ]
+    head = (f"Fox-1's shape on one {results['card']['name']}", "paper, H100", "to reach", "ours", "")
+    rates = [
+        [
+            f"{part}: {name}",
+            f"{row['decode_tokens_per_s']:,.0f}",
+            f"{row['total_tokens_per_s']:,.0f}",
+            f"{goals.share_of_bandwidth(results, part, name):.0f} %",
+            f"{row['prompt_tokens_per_s']:,.0f}",
+            f"{goals.share_of_operations(results, part, name):.0f} %",
+            _mb(row["peak_device_bytes"]),
+        ]
+        for part in ("decode", "prompt", "users")
+        for name, row in results["parts"].get(part, {}).items()
+        if "error" not in row
+    ]
+    rate_head = (
+        *("measured", "tok/s, each", "tok/s, all", "of the bandwidth", "prompt tok/s", "of the BF16 rate"),
+        "MB reserved",
+    )
+    card, about = results["card"], results["parts"]["floors"]["card"]["torch"]
+    with_what = f"driver {card['driver']}, CUDA {about['cuda']}, triton {about['triton']}"
+    tables = [_markdown(head, rows), _markdown(rate_head, rates)]
+    return "\n\n".join([*tables, f"{card['name']}, {with_what}; {_machine(results['machine'])}"])
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
@@ -350,6 +388,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "perplexity-peer": perplexity_peer_table,
     "fidelity-cost": fidelity_cost_table,
     "serve": serve_table,
+    "gpu": gpu_table,
 }
 
 

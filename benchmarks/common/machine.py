@@ -19,7 +19,10 @@ from typing import Any
 
 from fox_edge.processors import available_cores
 
-PACKAGES = ("torch", "numpy", "llama-cpp-python", "gguf", "onnxruntime", "onnx", "transformers")
+PACKAGES = (
+    *("torch", "triton", "numpy", "llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-gpu", "onnx"),
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

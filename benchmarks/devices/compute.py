@@ -43,6 +43,7 @@ class Compute:
     method: str
     threads: int
     methods: dict[str, float]
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """As reports carry it."""
@@ -63,11 +64,12 @@ def measure_compute(threads: int | None = None, seconds: float = 2.0) -> list[Co
 
 
 def best_of(*measured: Sequence[Compute]) -> list[Compute]:
-    """Of several measurements the better one of each type."""
-    found: dict[str, Compute] = {}
+    """Of several measurements the better one of each device and type."""
+    found: dict[tuple[str, str], Compute] = {}
     for compute in (one for several in measured for one in several):
-        if compute.type not in found or compute.operations_per_s > found[compute.type].operations_per_s:
-            found[compute.type] = compute
+        key = (compute.device, compute.type)
+        if key not in found or compute.operations_per_s > found[key].operations_per_s:
+            found[key] = compute
     return list(found.values())
 
 

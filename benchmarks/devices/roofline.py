@@ -10,7 +10,8 @@ import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ class Bandwidth:
     buffer_bytes: int
     threads: int
     methods: dict[str, float]
+    device: str = "cpu"
+
+    def to_json(self) -> dict[str, Any]:
+        """As reports carry it."""
+        return asdict(self)
 
 
 def buffer_bytes(working_set_bytes: int) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 
 from benchmarks.common.machine import machine
 from benchmarks.common.subject import Subject, open_subject
+from benchmarks.devices.card import CardState, card_state, describe_card, find_card
 from benchmarks.devices.fit import Needs
-from benchmarks.devices.roofline import Bandwidth, buffer_bytes, read_bandwidth
 from benchmarks.latency.bench_text import bench_text as bench_text
 from benchmarks.latency.bounds import Bounds
+from benchmarks.latency.ceilings import Ceilings, device_of
 from benchmarks.latency.conditions import Noise, describe, snapshot
 from benchmarks.latency.page_cache import STATES, WARM
 from benchmarks.latency.rows import rank_rows, row
@@ -27,7 +28,7 @@ from benchmarks.processes.launch import WorkerError, run_worker
 from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import Progress, say
-from runtimes.base import SessionOptions
+from runtimes.base import CUDA, SessionOptions
 from runtimes.tuning import with_tuning
 
 SCHEMA = 2
@@ -47,6 +48,11 @@ class Case:
     chosen: dict[str, Any]  # threads and session, as they are opened
     runs: list[dict[str, Any]] = field(default_factory=list)
     needs: Needs = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """What it computes on."""
+        return device_of(self.subject, self.chosen["session"])
 
     @property
     def failed(self) -> bool:
@@ -87,13 +93,15 @@ def bench(
     threads, context = bounds.threads, bounds.context
     cases = _cases(subjects, work, users, page_cache, threads, context, session or {})
     _admit(cases, bounds)
-    ceilings = _ceilings(subjects, threads, work.middle, {})
-    bounds.measure()
+    ceilings = Ceilings([(case.subject, case.device) for case in cases], work.middle, threads)
+    ceilings.measure()
+    bounds.measure(ceilings.compute)
     before, noise = snapshot(), Noise(threads) if threads else Noise()
+    card = _card_before(cases)
     _rounds(cases, repeats, noise, bounds.cap_bytes)
     after = snapshot()
-    ceilings = _ceilings(subjects, threads, work.middle, ceilings)
-    bounds.measure()
+    ceilings.measure()
+    bounds.measure(ceilings.compute)
     results = [_row(case, work, ceilings, page_cache, bounds) for case in cases]
     rank_rows(results)
     notes = [f"{c.subject.spec}: {note}" for c in cases for run in c.runs for note in run.get("notes", ())]
@@ -102,7 +110,7 @@ def bench(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "conditions": describe(before, after, noise.percent, notes),
+        "conditions": describe(before, after, noise.percent, notes) | _card_after(cases, card),
         "settings": {
             "workload": work.name,
             "prompt_tokens": work.prompt_tokens,
@@ -116,10 +124,7 @@ def bench(
             **bounds.settings(),
             "session": session or {},
         },
-        "bandwidth": [
-            {"buffer_bytes": size, "bytes_per_s": c.bytes_per_s, "method": c.method, "methods": c.methods}
-            for size, c in ceilings.items()
-        ],
+        "bandwidth": ceilings.to_json(),
         **bounds.to_json(),
         "results": results,
     }
@@ -179,23 +184,26 @@ def _job(subject: Subject, work: Workload, users: int, page_cache: str, context:
     }
 
 
-def _ceilings(
-    subjects: Sequence[Subject], threads: int | None, positions: int, known: dict[int, Bandwidth]
-) -> dict[int, Bandwidth]:
-    """Bandwidth per size of working set; of two measurements (before and after the rounds) the better."""
-    found = dict(known)
-    for size in sorted({buffer_bytes(s.bytes_per_token(positions)) for s in subjects}):
-        new = read_bandwidth(size, threads, seconds=0.5)
-        if size not in found or new.bytes_per_s > found[size].bytes_per_s:
-            found[size] = new
-    return found
+def _card_before(cases: Sequence[Case]) -> CardState | None:
+    """The card before anything of ours is on it; None where nothing is measured there."""
+    return card_state() if any(case.device == CUDA for case in cases) else None
+
+
+def _card_after(cases: Sequence[Case], before: CardState | None) -> dict[str, Any]:
+    """What conditions say of the card: as it was before, and as the last worker left it."""
+    card = find_card() if before is not None else None
+    if card is None:
+        return {}
+    left = [run["card"] for case in cases for run in case.runs if run.get("card")]
+    return {"card": describe_card(card, before, CardState.from_json(left[-1]) if left else None)}
 
 
 def _admit(cases: Sequence[Case], bounds: Bounds) -> None:
     """Reckon what every case will take; one that does not fit the device has that sum as its only run."""
     with Progress("reckoning memory") as progress:
         for n, case in enumerate(cases):
-            case.needs = bounds.needs(case.subject, case.chosen["session"], case.users)
+            if case.device != CUDA:  # what a card holds is reckoned, and refused, when a session opens
+                case.needs = bounds.needs(case.subject, case.chosen["session"], case.users)
             if refusal := bounds.refusal(case.needs):
                 case.runs.append({"error": refusal})
             progress.update(n + 1, len(cases))
@@ -225,11 +233,9 @@ def _run(case: Case, cap_bytes: int | None) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _row(
-    case: Case, work: Workload, ceilings: dict[int, Bandwidth], page_cache: str, bounds: Bounds
-) -> dict[str, Any]:
+def _row(case: Case, work: Workload, ceilings: Ceilings, page_cache: str, bounds: Bounds) -> dict[str, Any]:
     """One result, with what it was asked to do."""
-    size = buffer_bytes(case.subject.bytes_per_token(work.middle))
-    asked = {"workload": work.name, "users": case.users, "page_cache": page_cache}
-    found = row(case.subject, case.runs, ceilings[size], work.middle)
-    return found | bounds.beside(found, case.subject, work, case.needs) | asked | case.chosen
+    device = case.device
+    asked = {"workload": work.name, "users": case.users, "page_cache": page_cache, "device": device}
+    found = row(case.subject, case.runs, ceilings.of(case.subject, device), work.middle)
+    return found | bounds.beside(found, case.subject, work, case.needs, device) | asked | case.chosen

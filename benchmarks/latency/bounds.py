@@ -8,7 +8,7 @@ is found, capped or reckoned, the modules that it asks do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from benchmarks.devices.profiles import PROFILES, Profile, find_profile, threads
 from benchmarks.devices.projection import projections
 from benchmarks.latency.workloads import Workload
 from benchmarks.processes import caps
+from runtimes.base import CPU
 
 _COMPUTE_S = 0.6
 
@@ -57,9 +58,9 @@ class Bounds:
         """What a run may hold in memory; None: as much as it likes."""
         return None if self.profile is None else self.profile.memory_bytes
 
-    def measure(self) -> None:
-        """Measure this machine's operations per second; of several times the best counts."""
-        self.compute = best_of(self.compute, measure_compute(self.threads, _COMPUTE_S))
+    def measure(self, card: Sequence[Compute] = ()) -> None:
+        """Measure this machine's operations per second; of several times the best counts, a `card`'s too."""
+        self.compute = best_of(self.compute, measure_compute(self.threads, _COMPUTE_S), card)
 
     def needs(self, subject: Subject, session: Mapping[str, Any], users: int) -> Needs:
         """What a subject takes at the context of the run and of every device."""
@@ -72,15 +73,15 @@ class Bounds:
         return None if self.profile is None or need is None else misfit(need, self.profile)
 
     def beside(
-        self, row: Mapping[str, Any], subject: Subject, work: Workload, needs: Needs
+        self, row: Mapping[str, Any], subject: Subject, work: Workload, needs: Needs, device: str = CPU
     ) -> dict[str, Any]:
-        """What a row carries besides its own figures."""
+        """What a row carries besides its own figures; `device` is what it was measured on."""
         config = subject.config
         operations = (
             None if config is None else operations_per_token(config, work.conversations, work.decode_tokens)
         )
         return {
-            **prompt_figures(row, operations, self.compute),
+            **prompt_figures(row, operations, [one for one in self.compute if one.device == device]),
             "baseline_ratio": ratio(row, self.baseline),
             "profile": self.profile and self.profile.name,
             "memory_cap_bytes": self.cap_bytes,
@@ -89,7 +90,8 @@ class Bounds:
                 for profile in PROFILES.values()
                 if (need := need_at(needs, profile.context or self.context))
             ],
-            "projections": projections(row, PROFILES.values(), needs),
+            # How much of its ceiling a card reaches says nothing of processors.
+            "projections": projections(row, PROFILES.values(), needs) if device == CPU else [],
         }
 
     def to_json(self) -> dict[str, Any]:

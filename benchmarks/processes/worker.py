@@ -24,6 +24,8 @@ TASKS = {
     "answer": "benchmarks.accuracy.answer:run_job",
     "lm-eval": "benchmarks.accuracy.lm_eval_tasks:run_job",
     "memory": "benchmarks.memory:run_job",
+    "card-rates": "benchmarks.devices.card_rates:run_job",
+    "gpu": "benchmarks.gpu.study:run_job",
     "footprint": "benchmarks.devices.fit:run_job",
     "fidelity-reference": "benchmarks.fidelity.job:run_reference_job",
     "fidelity": "benchmarks.fidelity.job:run_job",

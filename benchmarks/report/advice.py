@@ -64,7 +64,9 @@ def advise_profile(rows: Sequence[Row], profile: Row, settings: Mapping[str, Any
     `profile`: {name, memory_bytes, context, ...}; `settings`: the bench's (its `context` says at how many
     tokens memory was measured).
     """
-    exports = [r for r in one_each(rows) if r.get("format") != "torch"]
+    # What ran on a graphics card says nothing of a phone's or laptop's processor.
+    shown = [r for r in rows if r.get("device") != "cuda"]
+    exports = [r for r in one_each(shown) if r.get("format") != "torch"]
     candidates = [c for r in exports if (c := _candidate(r, profile, settings)) is not None]
     fitting = [c for c in candidates if _fits(c, profile)]
     if fitting:

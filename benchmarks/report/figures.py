@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from benchmarks.common.table import Column, rate
+from benchmarks.devices.card import card_text
 
 Row = Mapping[str, Any]
 
@@ -140,16 +141,18 @@ def condition_facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Machine": f"{machine.get('cpu')}, {machine.get('cores')} cores, "
         f"{(machine.get('memory_bytes') or 0) / 1e9:,.0f} GB, {machine.get('os')}",
         "Read bandwidth": "; ".join(
-            f"{b['bytes_per_s'] / 1e9:,.0f} GB/s from {b['buffer_bytes'] / (1 << 20):,.0f} MiB"
+            f"{b['bytes_per_s'] / 1e9:,.0f} GB/s from {b['buffer_bytes'] / (1 << 20):,.0f} MiB{_on_card(b)}"
             f" ({b.get('method')})"
             for b in report.get("bandwidth") or ()
         ),
         "Arithmetic": "; ".join(
-            f"{c['operations_per_s'] / 1e9:,.0f} billion {c['type']} operations/s ({c.get('method')})"
+            f"{c['operations_per_s'] / 1e9:,.0f} billion {c['type']} operations/s{_on_card(c)} "
+            f"({c.get('method')})"
             for c in report.get("compute") or ()
         ),
         "Runs": _runs(settings),
         "Surroundings": _surroundings(conditions),
+        "Card": card_text(conditions["card"]) if conditions.get("card") else "",
         "Noise": _noise(conditions),
         "Remarks": " ".join(conditions.get("notes") or ()),
         "Fidelity": _fidelity(report),
@@ -163,6 +166,10 @@ def condition_facts(report: Mapping[str, Any]) -> dict[str, str]:
         ),
     }
     return {heading: said for heading, said in facts.items() if said}
+
+
+def _on_card(ceiling: Mapping[str, Any]) -> str:
+    return " on the card" if ceiling.get("device") == "cuda" else ""
 
 
 def _runs(settings: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 def findings(rows: Sequence[Row]) -> list[str]:
     """A few sentences, each export beside the PyTorch reference; none without such a reference."""
     reference = next((r for r in one_each(rows) if r.get("format") == "torch" and not r.get("error")), None)
-    exports = [r for r in one_each(rows) if r.get("format") != "torch" and not r.get("error")]
+    measured = [r for r in rows if r.get("device") != "cuda" and not r.get("error")]
+    exports = [r for r in one_each(measured) if r.get("format") != "torch"]
     sized = [r for r in exports if r.get("bytes")]
     if reference is None or not reference.get("bytes") or not sized:
         return []

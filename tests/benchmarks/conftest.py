@@ -59,10 +59,10 @@ def nano_gguf(tmp_path_factory):
 def known_machine(monkeypatch):
     """A machine whose bandwidth is known, and that reckons neither operations nor memory."""
     from benchmarks.devices.roofline import Bandwidth
-    from benchmarks.latency import bench, bounds
+    from benchmarks.latency import bounds, ceilings
 
     ceiling = Bandwidth(1e9, "said", 1 << 20, 1, {"said": 1e9})
-    monkeypatch.setattr(bench, "read_bandwidth", lambda *_, **__: ceiling)
+    monkeypatch.setattr(ceilings, "read_bandwidth", lambda *_, **__: ceiling)
     monkeypatch.setattr(bounds, "measure_compute", lambda *_: [])
     monkeypatch.setattr(bounds, "needs_of", lambda *_: {})
 

@@ -86,6 +86,8 @@ def test_a_result_has_every_key_and_consistent_figures(result, checkpoint):
         assert low <= row["interval"][key][0] <= row["interval"][key][1] <= high
         assert len(row["samples"][key]) == 2
     assert set(FIGURES) - set(row["samples"]) <= {
+        "peak_device_bytes",
+        "device_energy_joules_per_token",
         "energy_joules_per_token",
         "anonymous_rss_bytes",
         "file_rss_bytes",
