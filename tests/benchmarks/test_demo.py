@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import EXPORTS, demo
-from benchmarks.readme import demo_table, full_shape_table
+from benchmarks.readme_tables import demo_table, full_shape_table
 from fox_edge.artifact import Artifact
 
 
