@@ -97,6 +97,17 @@ class Checkpoint:
         """Give the memory of a tensor's pages back; views stay valid and are read again from the file."""
         self._shard(name).release(name)
 
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """First row and rows (n, columns), in order, of views of some 32 MiB; a vector is one row.
+
+        Nothing of the file stays in memory: pages are given back behind the reader.
+        """
+        tensor = self.tensor(name)
+        rows = tensor[None] if tensor.dim() == 1 else tensor
+        for start, stop in self._row_pieces(name):
+            yield start, rows[start:stop]
+            self._release_rows(name, start, stop)
+
     def float_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A float32 copy of rows [start, stop), (rows, columns); a vector is one row.
 
@@ -154,10 +165,8 @@ class Checkpoint:
         for name, shape in self._shapes.items():
             weight = torch.empty(shape, dtype=dtype, device=device)
             rows = weight[None] if weight.dim() == 1 else weight
-            for start, stop in self._row_pieces(name):
-                part = self.tensor(name)[None] if weight.dim() == 1 else self.tensor(name)
-                rows[start:stop] = part[start:stop]
-                self._release_rows(name, start, stop)
+            for start, part in self.pieces(name):
+                rows[start : start + len(part)] = part
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
         return model.eval()

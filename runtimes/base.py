@@ -144,6 +144,9 @@ class SessionOptions:
     device: str | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
     conversations: int = 1
+    # Whether an answer's bits shall not depend on who else is asking: on a GPU a batch then has rows for all of
+    # them, whoever takes a step, and llama.cpp takes no more tokens into a pass than leaves all bits alike.
+    fixed_batch: bool = True
     # Whether what is kept beside the artifact (packed weights, tuned choices) may be used and added to.
     cache: bool = True
 
@@ -250,11 +253,20 @@ class Runtime(NamedTuple):
     """One row of the registry: what a runtime is called, and the class that opens a model in it.
 
     `session` is "module:class", constructed with (what it `opens`, SessionOptions), and has a static `need`.
+    "model" is an artifact or a checkpoint, whichever the path holds. `quant` is what a checkpoint's weights
+    become. `kv` is whose types its cache has (kv_types), where that is not the artifact's format. `converts`:
+    weights lie in memory otherwise than in the file, and the session class's `held_bytes` tells how many.
+    `batch` is how many conversations an evaluation lets step together if nobody says another number; 0 where
+    they cannot.
     """
 
     name: str
     session: str
-    opens: Literal["artifact", "checkpoint", "foreign"] = "artifact"
+    opens: Literal["artifact", "checkpoint", "foreign", "model"] = "artifact"
+    quant: str = "bf16"
+    kv: str | None = None
+    converts: bool = False
+    batch: int = 0
 
 
 # A new runtime is one row here: of RUNTIMES where it has an artifact format of its own (and kv_types.KV_TYPES
@@ -262,7 +274,7 @@ class Runtime(NamedTuple):
 
 # Artifact format -> the runtime that opens it.
 RUNTIMES: dict[str, Runtime] = {
-    "gguf": Runtime("llama.cpp", "runtimes.llama_cpp:LlamaCppSession"),
+    "gguf": Runtime("llama.cpp", "runtimes.llama_cpp:LlamaCppSession", batch=1),
     "onnx": Runtime("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
 }
 
@@ -270,8 +282,14 @@ RUNTIMES: dict[str, Runtime] = {
 TORCH_PREFIX = "torch:"
 # Opens a fox_edge.checkpoint.Checkpoint.
 TORCH_RUNTIME = Runtime("torch", "runtimes.torch:TorchSession", "checkpoint")
+_ON_GPU = "runtimes.cuda.session"
 # The beginning of what a user names -> the runtime that opens the rest.
-PREFIXES: dict[str, Runtime] = {TORCH_PREFIX: TORCH_RUNTIME}
+PREFIXES: dict[str, Runtime] = {
+    TORCH_PREFIX: TORCH_RUNTIME,
+    "cuda:": Runtime("cuda", f"{_ON_GPU}:CudaSession", "model", "bf16", "torch", True, 64),
+    "cuda-int8:": Runtime("cuda", f"{_ON_GPU}:CudaInt8Session", "checkpoint", "int8", "torch", True, 64),
+    "cuda-int4:": Runtime("cuda", f"{_ON_GPU}:CudaInt4Session", "checkpoint", "int4", "torch", True, 64),
+}
 
 # Opens an onnx_foreign.ForeignOnnx: an ONNX model of another tool.
 FOREIGN_ONNX = Runtime("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession", "foreign")
@@ -290,12 +308,23 @@ def runtime_name(format: str) -> str:
     return runtime_of_format(format).name
 
 
+def usual_batch(runtime: str) -> int:
+    """`Runtime.batch` of the runtime of this name."""
+    return max(row.batch for row in (*RUNTIMES.values(), *PREFIXES.values()) if row.name == runtime)
+
+
 def open_model(path: Path) -> Artifact | ForeignOnnx:
     """What a user's path names: an artifact, or another tool's ONNX model; raises ArtifactError."""
     if not is_foreign(path):
         return Artifact.open(path)
     foreign: ForeignOnnx = load("runtimes.onnx_foreign:ForeignOnnx").open(path)
     return foreign
+
+
+def open_in(runtime: Runtime, model: Any, options: SessionOptions) -> Session:
+    """Open what a runtime `opens` in it, guessing ahead where the options say so; imports it only now."""
+    session: Session = load("runtimes.lookup:speculating")(load(runtime.session)(model, options), options)
+    return session
 
 
 def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None = None) -> Session:
@@ -312,8 +341,7 @@ def open_session(model: Artifact | ForeignOnnx, options: SessionOptions | None =
     options, remark = load("runtimes.tuning:with_tuning")(model, options)
     if remark:
         say(remark)
-    session: Session = load("runtimes.lookup:speculating")(load(entry.session)(model, options), options)
-    return session
+    return open_in(entry, model, options)
 
 
 def open_model_file(artifact: Artifact) -> ModelFile:
@@ -321,6 +349,11 @@ def open_model_file(artifact: Artifact) -> ModelFile:
     runtime_name(artifact.manifest.format)
     file: ModelFile = load(MODEL_FILES[artifact.manifest.format])(artifact)
     return file
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a user's path is a folder with a manifest of ours."""
+    return (path / MANIFEST).is_file()
 
 
 def is_foreign(path: Path) -> bool:

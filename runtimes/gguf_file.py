@@ -94,17 +94,25 @@ class GgufFile:
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Dequantized rows [start, stop), float32, in the checkpoint's own row order; a vector is one row."""
-        info = self.info(name)
+        info, order = self.info(name), self._checked(name, start, stop)
         columns = info.shape[-1]
-        count = math.prod(info.shape[:-1])
-        if not 0 <= start <= stop <= count:
-            raise ValueError(f"{name}: rows {start} to {stop} of {count}")
-        order = self._row_order(info, start, stop)
         out = np.empty((stop - start, columns), dtype=np.float32)
         step = max(1, _STEP_WEIGHTS // columns)
         for at in range(0, stop - start, step):
-            out[at : at + step] = self._dequantize(info, order[at : at + step])
+            out[at : at + step] = dequantize(self._raw(info, order[at : at + step]), info.type)
         return out
+
+    def blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """A copy of rows [start, stop) as they are stored (n, bytes of a row), in the checkpoint's order."""
+        return self._raw(self.info(name), self._checked(name, start, stop))
+
+    def _checked(self, name: str, start: int, stop: int) -> NDArray[np.int64]:
+        """Where in the file those rows are; raises ValueError for rows that there are not."""
+        info = self.info(name)
+        count = math.prod(info.shape[:-1])
+        if not 0 <= start <= stop <= count:
+            raise ValueError(f"{name}: rows {start} to {stop} of {count}")
+        return self._row_order(info, start, stop)
 
     def _row_order(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.int64]:
         """Where in the file the checkpoint's rows [start, stop) are.
@@ -125,11 +133,11 @@ class GgufFile:
             raise ArtifactError(f"{self._path}: {info.name} has {info.shape[0]} rows for {heads!r} heads")
         return info.shape[0] // heads
 
-    def _dequantize(self, info: TensorInfo, order: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _raw(self, info: TensorInfo, order: NDArray[np.int64]) -> NDArray[np.uint8]:
         if self._data is None:
             raise ArtifactError(f"{self._path}: is closed")
         stored = np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
-        return dequantize(stored.reshape(math.prod(info.shape[:-1]), -1)[order], info.type)
+        return stored.reshape(math.prod(info.shape[:-1]), -1)[order]
 
     def tie(self) -> str:
         """One sentence proving that one byte range is both embedding and head; raises VerificationError."""

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fox_edge.errors import NotEnoughMemoryError
 
@@ -70,24 +71,44 @@ def resident_bytes() -> int:
     return 0
 
 
-def fitting_context(need: MemoryNeed, asked: int | None, limit: int, what: str) -> int:
+class Room(NamedTuple):
+    """Memory that is left for a session, and a clause that says so: '12 MB of memory are available'."""
+
+    available: int
+    words: str
+
+
+def fitting_context(
+    need: MemoryNeed, asked: int | None, limit: int, what: str, room: Room | None = None
+) -> int:
     """The context to open: what was asked for, else as much of the model's `limit` as fits in memory.
 
-    Raises NotEnoughMemoryError with the sum, and what would fit, when it does not.
+    `room` is another memory than this process's own. Raises NotEnoughMemoryError with the sum, and what would
+    fit, when it does not.
     """
     wanted = limit if asked is None else asked
-    available = available_bytes()
-    if available is None or need.total(wanted) <= available:
+    room = room or _own_room()
+    if room is None or need.total(wanted) <= room.available:
         return wanted
-    most = need.fitting(available, limit)
+    most = need.fitting(room.available, limit)
     if asked is None and most > 0:
         return most
     fits = f"a context of {most} would fit" if most > 0 else "no context would fit"
     raise NotEnoughMemoryError(
-        f"{what}: a context of {wanted} tokens takes {_mb(need.weights)} of weights + "
-        f"{_mb(need.cache(wanted))} of KV cache + {_mb(need.scratch(wanted))} of buffers = "
-        f"{_mb(need.total(wanted))}, but {_mb(available)} of memory are available; {fits}"
+        f"{what}: a context of {wanted} tokens takes {mb(need.weights)} of weights + "
+        f"{mb(need.cache(wanted))} of KV cache + {mb(need.scratch(wanted))} of buffers = "
+        f"{mb(need.total(wanted))}, but {room.words}; {fits}"
     )
+
+
+def mb(size: int) -> str:
+    """Bytes as a user reads them."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _own_room() -> Room | None:
+    available = available_bytes()
+    return None if available is None else Room(available, f"{mb(available)} of memory are available")
 
 
 def _system() -> Iterator[int]:
@@ -124,7 +145,3 @@ def _numbers(path: Path, name: str, unit: int) -> Iterator[int]:
         words = line.split()
         if words[:1] == [name]:
             yield unit * int(words[1])
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

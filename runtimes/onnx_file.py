@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +48,27 @@ class _Stored:
         """The name of its type in the quantization table; a float type has numpy's."""
         if self.scales is None:
             return np.dtype(ELEMENTS[self.weight.data_type]).name
-        columns = math.prod(self.weight.dims[1:]) * 8 // self.bits
-        return f"q{self.bits}{'s' if self.zero_points is None else 'a'}{columns // self.scales.dims[1]}"
+        bits, block = self.block_type()
+        return f"q{bits}{'s' if self.zero_points is None else 'a'}{block}"
+
+    def block_type(self) -> tuple[int, int]:
+        """Bits and block size of its integers; 0 and 0 for floats."""
+        if self.scales is None:
+            return 0, 0
+        return self.bits, math.prod(self.weight.dims[1:]) * 8 // self.bits // self.scales.dims[1]
 
     def row_bytes(self) -> int:
         """Bytes of one row, scales and zero points included."""
         return sum(_row_bytes(tensor) for tensor in self.tensors())
+
+
+class StoredBlocks(NamedTuple):
+    """Rows as MatMulNBits reads them: value = (integer - zero point) * scale, lowest bits of a byte first."""
+
+    packed: NDArray[np.uint8]  # (n, C * bits / 8)
+    scales: NDArray[Any]  # (n, B)
+    zero_points: NDArray[np.uint8] | None  # (n, ceil(B * bits / 8)); None: 2^(bits - 1)
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -97,14 +113,40 @@ class OnnxFile:
 
     def rows(self, name: str, start: int, stop: int) -> Logits:
         """Dequantized rows [start, stop) of a tensor, float32; a vector is one row."""
-        found, begin = [], 0
+        parts = self._parts(name, start, stop)
+        return np.concatenate([self._decode(stored, low, high) for stored, low, high in parts])
+
+    def block_types(self, name: str) -> set[tuple[int, int, bool]]:
+        """Bits, block size and whether symmetric, of each matrix that holds some of a tensor's rows.
+
+        Of floats, bits and block size are 0.
+        """
+        stored = [piece.stored for piece in self._pieces_of(name)]
+        return {(*one.block_type(), one.zero_points is None) for one in stored}
+
+    def blocks(self, name: str, start: int, stop: int) -> Iterator[StoredBlocks]:
+        """Rows [start, stop) of a quantized tensor as they are stored, in order."""
+        for stored, low, high in self._parts(name, start, stop):
+            assert stored.scales is not None, f"{name} is not quantized"
+            points = None if stored.zero_points is None else self._read(stored.zero_points, low, high)
+            packed = self._read(stored.weight, low, high).reshape(high - low, -1)
+            yield StoredBlocks(packed, self._read(stored.scales, low, high), points, stored.bits)
+
+    def column_scales(self, name: str) -> Logits | None:
+        """What the graph multiplies a quantized tensor's columns by (C,): in `rows`, but not in `blocks`."""
+        found = [piece.stored for piece in self._pieces_of(name) if piece.stored.scales is not None]
+        factors = next((stored.columns for stored in found if stored.columns is not None), None)
+        return None if factors is None else self._read(factors, 0, 1)[0].astype(np.float32)
+
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[_Stored, int, int]]:
+        """The stored matrices that hold a tensor's rows [start, stop), each with its own range of them."""
+        begin = 0
         for piece in self._pieces_of(name):
             low, high = max(start, begin), min(stop, begin + piece.rows)
             if low < high:
                 shift = piece.first - begin
-                found.append(self._decode(piece.stored, low + shift, high + shift))
+                yield piece.stored, low + shift, high + shift
             begin += piece.rows
-        return np.concatenate(found)
 
     def tie(self) -> str:
         """What proves that embedding and head are one byte range; else raises VerificationError."""

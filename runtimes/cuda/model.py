@@ -1,0 +1,155 @@
+"""A loaded model and everything that its conversations share: weights, slots, the decode step, prompts.
+
+Turns rows of a batch into tokens or logits on the host, with one wait per step. Knows slots and positions;
+not conversations.
+
+Shapes: n rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fox_edge.model import rotary_tables
+from fox_edge.progress import Progress
+from runtimes.base import Logits
+from runtimes.cuda import choose
+from runtimes.cuda.decoder import SIZES, Decoder, likeliest
+from runtimes.cuda.need import SCORE_ROWS
+from runtimes.cuda.prompts import Prompts
+from runtimes.cuda.slots import Slots
+from runtimes.cuda.sources import Source
+from runtimes.cuda.weights import load
+from runtimes.sampling import Choice
+
+
+class Row(NamedTuple):
+    """One conversation's part in a step: `token` goes to `position` of `slot`.
+
+    Without a choice, the logits are wanted.
+    """
+
+    slot: int
+    position: int
+    token: int
+    choice: Choice | None
+
+
+class Model:
+    """Weights and KV cache on one device. `fixed`: rows of every batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        conversations: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed: int | None = None,
+    ) -> None:
+        self.config, self.device = source.config, device
+        with Progress(f"loading {source.name}") as progress:
+            self.weights = load(source, dtype, device, progress.update)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of pieces that were taken apart
+        self.slots = Slots(self.config, conversations, context, dtype, device)
+        cos, sin = rotary_tables(self.config, torch.arange(context, device=device))
+        self._decoder = Decoder(self.config, self.weights, self.slots, cos, sin, fixed)
+        self._prompts = Prompts(self.config, self.weights, self.slots, cos, sin)
+        self._fetch = Fetch(device)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> list[Logits | int]:
+        """Append a token to each of several slots; logits or the token chosen, for each."""
+        found: list[Logits | int] = []
+        for first in range(0, len(rows), SIZES[-1]):
+            part = rows[first : first + SIZES[-1]]
+            slots, positions, tokens, choices = zip(*part, strict=True)
+            outcome = self._decoder.run(slots, positions, tokens)
+            found += self._results(outcome.logits[: len(part)], outcome.best[: len(part)], choices)
+        return found
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], slot: int, past: int, choice: Choice | None) -> Logits | int:
+        """Append tokens to a slot that holds `past`; logits, or the token chosen, after the last."""
+        last: Tensor | None = None
+        for hidden in self._prompts.run(tokens, slot, past):
+            last = hidden[-1:]
+        assert last is not None
+        logits = self._prompts.logits(last)
+        return self._results(logits, likeliest(logits), (choice,))[0]
+
+    def score(self, tokens: Sequence[int], slot: int, past: int) -> Iterator[tuple[int, Tensor]]:
+        """Append tokens chunk by chunk: how many of them are in the slot now, and their hidden states."""
+        done = 0
+        for hidden in self._prompts.run(tokens, slot, past):
+            done += len(hidden)
+            yield done, hidden
+
+    def logits(self, hidden: Tensor) -> Iterator[Logits]:
+        """Logits (n, V) on the host of hidden states, a few rows at a time."""
+        for first in range(0, len(hidden), SCORE_ROWS):
+            yield self._fetch.rows(self._prompts.logits(hidden[first : first + SCORE_ROWS]))
+
+    def _results(self, logits: Tensor, best: Tensor, choices: Sequence[Choice | None]) -> list[Logits | int]:
+        """What each row (n, V) is for: its logits, or the token chosen; `best` (n,) are the greedy ones."""
+        drawn = [i for i, c in enumerate(choices) if c is not None and not choose.is_greedy(c)]
+        wanted = [i for i, c in enumerate(choices) if c is None]
+        some: list[Choice] = [choices[i] for i in drawn]  # type: ignore[misc]
+        tokens, rows = best, logits[:0]
+        if drawn:
+            at = choose.integers(drawn, self.device)
+            tokens, rows = best.clone(), logits[at]
+            tokens[at] = choose.choose(rows, some)
+        # Rows go to the host behind the tokens, and one wait is for both.
+        kept = self._fetch.start_rows(logits[choose.integers(wanted, self.device)]) if wanted else None
+        found: list[Logits | int] = list(self._fetch.tokens(tokens))
+        if drawn:
+            chosen = choose.finish([int(found[i]) for i in drawn], rows, some)
+            for i, token in zip(drawn, chosen, strict=True):
+                found[i] = token
+        for place, i in enumerate(wanted):
+            assert kept is not None
+            found[i] = kept[place].numpy().copy()
+        return found
+
+
+class Fetch:
+    """The way from the device to the host: through pinned memory, waiting once for what was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ids = torch.empty(SIZES[-1], dtype=torch.int64, pin_memory=self._on_gpu)
+        self._rows = torch.empty(0)
+        self._done = torch.cuda.Event() if self._on_gpu else None
+
+    def tokens(self, ids: Tensor) -> list[int]:
+        """Token ids (n,): when they are here, so is everything that was started before."""
+        here = self._ids[: len(ids)]
+        here.copy_(ids, non_blocking=True)
+        self._wait()
+        return [int(token) for token in here.tolist()]
+
+    def start_rows(self, logits: Tensor) -> Tensor:
+        """Logits (n, V): a tensor that holds them once something else was waited for, until the next call."""
+        if not self._on_gpu:
+            return logits
+        if self._rows.numel() < logits.numel():
+            self._rows = torch.empty(logits.numel(), pin_memory=True)
+        here = self._rows[: logits.numel()].view_as(logits)
+        return here.copy_(logits, non_blocking=True)
+
+    def rows(self, logits: Tensor) -> Logits:
+        """Logits (n, V), copied."""
+        here = self.start_rows(logits)
+        self._wait()
+        return here.numpy().copy()
+
+    def _wait(self) -> None:
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
