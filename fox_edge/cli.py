@@ -244,12 +244,12 @@ def _need_report(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> None:
-    from benchmarks.study import study, study_text
+    from benchmarks.study import study, study_json, study_text
 
     questions = [word for word in ("limit", "data", "train") if getattr(args, word) is not None]
     if questions and args.task is None:
         raise FoxEdgeError(f"--{questions[0]} is for --task, which is missing")
-    report = study(
+    found = study(
         args.artifact,
         args.report,
         measure,
@@ -261,7 +261,7 @@ def _study(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> N
         threads=args.threads,
         session=_session(args),
     )
-    _print(args, report, lambda r: study_text(r, args.report))
+    _print(args, study_json(found), lambda _: study_text(found))
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -289,6 +289,7 @@ def _eval(args: argparse.Namespace) -> None:
         answers=Path(args.answers) if args.answers else None,
         threads=args.threads,
         session=_session(args),
+        batch=args.batch,
     )
     _print(args, result, evaluate_text)
 
@@ -298,6 +299,8 @@ def _eval_fidelity(args: argparse.Namespace) -> None:
 
     if args.checkpoint is None:
         raise FoxEdgeError("--task fidelity compares with --checkpoint; give one")
+    if args.batch is not None:
+        raise FoxEdgeError(f"--batch {args.batch} is for questions, not for --task fidelity")
     said = ("tokens", "window", "score_from")
     result = evaluate_fidelity(
         args.artifact,
@@ -403,6 +406,7 @@ def _session(args: argparse.Namespace) -> dict[str, Any]:
         "accuracy_level": args.accuracy_level,
         "device": args.device,
         "speculate": getattr(args, "speculate", None),
+        **({"fixed_batch": False} if getattr(args, "loose_batch", False) else {}),
         "cache": not args.no_cache,
     }
 

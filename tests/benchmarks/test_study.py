@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import study as module
 from benchmarks.report.document import FILES, read_report
-from benchmarks.study import study
+from benchmarks.study import study, study_json, study_text
 from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
 from tests.benchmarks.conftest import NANO, Checkpoint
@@ -105,10 +105,46 @@ def test_what_an_export_found_of_itself_stands_in_for_fidelity(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     bench = full_result(1)
     bench["results"][0] |= {"artifact": str(artifact.path), "format": "gguf"}
-    report = study([artifact.path], tmp_path / "report", lambda: bench)
+    ((_, report),) = study([artifact.path], tmp_path / "report", lambda: bench)
     row = report["rows"][0]
     assert row["mean_kl_nats"] == 0.004 and "top1_agreement_percent" not in row
     assert "as verified when each was exported" in (tmp_path / "report" / "report.html").read_text()
+
+
+def two_models(tmp_path: Path, checkpoint: Checkpoint, name: str) -> tuple[str, dict[str, Any]]:
+    """An export that says it was made of `name`, and a bench of it beside the embedded checkpoint."""
+    from export.gguf import export_gguf
+    from fox_edge.quant import GGUF, find_recipe
+
+    folder = tmp_path / "small-int8"
+    export_gguf(checkpoint, folder, find_recipe(GGUF, "int8"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checkpoint": name}))
+    bench = full_result(2)
+    bench["results"][0]["artifact"] = SPEC
+    bench["results"][1] |= {"artifact": str(folder), "format": "gguf", "rank": 2}
+    return str(folder), bench
+
+
+def test_exports_of_two_models_get_a_report_each(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    folder, bench = two_models(tmp_path, checkpoint, "../owner/Small Fox")
+    written = study([SPEC, folder], tmp_path / "report", lambda: bench)
+    places = {w.folder.relative_to(tmp_path).as_posix(): w.report for w in written}
+    assert list(places) == ["report/nano", "report/owner-Small-Fox"]
+    assert [[row["artifact"] for row in report["rows"]] for report in places.values()] == [[SPEC], [folder]]
+    assert [report["rows"][0]["rank"] for report in places.values()] == [1, 1]
+    for w in written:
+        assert read_report(w.folder / "report.json")["rows"] == w.report["rows"]
+        assert sorted(p.name for p in w.folder.iterdir()) == sorted(FILES)
+    assert [r["folder"] for r in study_json(written)["reports"]] == [str(w.folder) for w in written]
+    assert study_json(written[:1]) is written[0].report
+    assert study_text(written).count("report.html") == 2
+
+
+def test_one_checkpoint_is_no_reference_for_two_models(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    folder, _ = two_models(tmp_path, checkpoint, "small")
+    with pytest.raises(FoxEdgeError, match="exports of one model, but these are of 2: nano, small"):
+        study([SPEC, folder], tmp_path / "report", never, checkpoint="nano")
 
 
 @pytest.mark.parametrize(
