@@ -21,7 +21,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import available_cores
 from fox_edge.quant import GGUF, ONNX
-from runtimes.base import SessionOptions
+from runtimes.base import CUDA, SessionOptions
 from runtimes.kv_types import KV_TYPES
 from runtimes.onnx_cache import cache_folder, key_of, read_record, write_record
 
@@ -38,10 +38,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 def with_tuning(artifact: Artifact, options: SessionOptions) -> tuple[SessionOptions, str | None]:
     """The options with what was tuned for this machine where nothing was said, and a remark for the user.
 
-    Nothing is used when `options.cache` is off.
+    Nothing is used when `options.cache` is off, nor on a graphics card: what was tuned is a processor's.
     """
     path = record_path(artifact)
-    if not options.cache or path is None or not path.exists():
+    if not options.cache or options.device == CUDA or path is None or not path.exists():
         return options, None
     fields = read_record(path)
     choices = None if fields is None else checked(fields.get("choices"), artifact.manifest.format)

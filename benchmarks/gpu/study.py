@@ -78,7 +78,7 @@ class Case:
     part: str
     name: str
     job: Mapping[str, Any]
-    limit_s: float = 90.0
+    limit_s: float = 120.0
 
 
 def plan(study: Study, parts: Sequence[str] = PARTS) -> list[Case]:
@@ -165,10 +165,8 @@ def _floors(s: Study) -> Iterator[Case]:
 
 def _exact(s: Study) -> Iterator[Case]:
     for which in ("nano", "random"):
-        yield Case(
-            "exact", f"logits, {which}", {"do": "logits", "device": s.device, "checkpoint": which}, 120
-        )
-    yield Case("exact", "greedy, nano", {"do": "greedy", "device": s.device, "texts": s.texts}, 120)
+        yield Case("exact", f"logits, {which}", {"do": "logits", "device": s.device, "checkpoint": which})
+    yield Case("exact", "greedy, nano", {"do": "greedy", "device": s.device, "texts": s.texts})
 
 
 def _kernels(s: Study) -> Iterator[Case]:
@@ -208,7 +206,7 @@ def _prompt(s: Study) -> Iterator[Case]:
 
 def _users(s: Study) -> Iterator[Case]:
     for count in s.users:
-        yield Case("users", f"bf16, {count} users", _speed(s, "cuda:", count), 120)
+        yield Case("users", f"bf16, {count} users", _speed(s, "cuda:", count))
 
 
 def _peer(s: Study, part: str = "peer", static: bool = False) -> Iterator[Case]:
@@ -232,8 +230,8 @@ def _compiled(s: Study) -> Iterator[Case]:
 def _questions(s: Study) -> Iterator[Case]:
     many, few, tokens = s.questions
     job = {"do": "questions", "subject": f"cuda:{s.checkpoint}", "device": s.device, "max_tokens": tokens}
-    yield Case("questions", "at once", job | {"questions": many, "at_once": s.at_once}, 120)
-    yield Case("questions", "one by one", job | {"questions": few, "at_once": 1}, 120)
+    yield Case("questions", "at once", job | {"questions": many, "at_once": s.at_once})
+    yield Case("questions", "one by one", job | {"questions": few, "at_once": 1})
 
 
 _CASES: Mapping[str, Callable[[Study], Iterator[Case]]] = {

@@ -163,7 +163,7 @@ def _cases(
 def _choices(subject: Subject, threads: int | None, session: dict[str, Any]) -> dict[str, Any]:
     """What a session is opened with: what was said, and what was tuned for this machine."""
     options = SessionOptions(threads=threads, **session)
-    if isinstance(subject.source, Artifact):
+    if isinstance(subject.source, Artifact) and device_of(subject, session) != CUDA:
         options, remark = with_tuning(subject.source, options)
         if remark:
             say(f"{subject.spec}: {remark}")

@@ -37,6 +37,9 @@ def test_what_was_tuned_fills_in_for_what_was_not_said(artifact: Artifact) -> No
     assert remark == "tuned for balance here: threads 1, repack off (--no-cache: without)"
     untouched = SessionOptions(cache=False)
     assert with_tuning(artifact, untouched) == (untouched, None)
+    # What was tuned is a processor's.
+    on_card = SessionOptions(context=100, device="cuda")
+    assert with_tuning(artifact, on_card) == (on_card, None)
 
 
 def test_choices_that_hang_together_are_not_mixed(artifact: Artifact) -> None:

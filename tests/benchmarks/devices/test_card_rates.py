@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.devices import card_rates
 from benchmarks.devices.card_rates import buffer_bytes, card_bandwidth, card_compute, run_job
@@ -37,3 +38,32 @@ def test_a_job_measures_everything_here_too() -> None:
     assert found["bandwidth"][0]["bytes_per_s"] > 1e7
     assert [compute["type"] for compute in found["compute"]] == ["bf16", "float32"]
     assert all(compute["operations_per_s"] > 1e6 for compute in found["compute"])
+
+
+class Event:
+    """An event of a card on which every call takes 2 ms; the card's time is its own."""
+
+    now_ms = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = Event.now_ms
+
+    def synchronize(self) -> None:
+        assert self.at >= 0
+
+    def elapsed_time(self, later: Event) -> float:
+        return later.at - self.at
+
+
+def test_a_card_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work() -> None:
+        Event.now_ms += 2.0
+
+    assert card_rates.timed(work, "cuda", 5) == pytest.approx(0.010)
+    assert card_rates._best_seconds(work, "cuda:0", 0.01) == pytest.approx(0.002)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -101,3 +102,29 @@ def test_the_relative_error_by_hand() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
     assert relative_error(torch.ones(2), torch.ones(3)) == float("inf")
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+def test_on_a_card_all_calls_are_one_graph_that_is_replayed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's stream, graph and events, faked: what runs where, and how often."""
+    done: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            done.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    for name, value in (("Stream", Stream), ("CUDAGraph", Graph), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda what: contextlib.nullcontext())
+    monkeypatch.setattr(kernels, "timed", lambda way, device, calls: (way(), 0.01 * calls)[1])
+    call = kernels.Call(lambda: done.append("run"), torch.empty, 0)  # type: ignore[arg-type, return-value]
+    card = Setting(SMALL, "cuda", 1.0, setting.generator)
+    assert kernels._seconds([call, call], card) == pytest.approx(0.005)
+    # Each once to warm up and once to be captured; then replays alone.
+    assert done == ["wait", "run", "run", "wait", "run", "run", *["replay"] * 7]
