@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine, peak_rss_bytes
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.fidelity.job import session_logits
 from benchmarks.fidelity.texts import Windows, read_windows
-from benchmarks.full_shape import fox_edge, random_exports, write_results
+from benchmarks.processes.commands import fox_edge, random_exports
 from benchmarks.processes.launch import run_worker
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

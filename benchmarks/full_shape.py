@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -25,96 +24,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import medians, write_results
+from benchmarks.processes.commands import Cost, fox_edge, random_checkpoint, run, watch
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
 # Name, --quant and --rounding of our plain exports: what llama.cpp's two steps do too.
 EXPORTS = (("gguf-int4", "int4", "nearest"), ("gguf-int8", "int8", "nearest"))
 PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
-_SAMPLE_S = 0.02
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a whole command took. Peaks are of the largest single process; anonymous is sampled."""
-
-    seconds: float
-    peak_rss_bytes: int
-    peak_anonymous_bytes: int
-    stdout: str
-
-
-def run(command: Sequence[object], env: dict[str, str] | None = None) -> Cost:
-    """Run a command to its end; raises RuntimeError with its last words when it fails."""
-    say("$ " + " ".join(map(str, command)))
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | (env or {}),
-    )
-    peaks = {"VmHWM": 0, "RssAnon": 0}
-    watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
-    watcher.start()
-    out, err = process.communicate()
-    seconds = time.monotonic() - start
-    watcher.join()
-    if process.returncode:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {err[-2000:]}")
-    return Cost(seconds, peaks["VmHWM"], peaks["RssAnon"], out)
-
-
-def _watch(process: subprocess.Popen[str], peaks: dict[str, int]) -> None:
-    """Sample a process's memory until it ends (Linux; elsewhere the peaks stay 0)."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        try:
-            for line in status.read_text().splitlines():
-                key = line.split(":")[0]
-                if key in peaks:
-                    peaks[key] = max(peaks[key], int(line.split()[1]) * 1024)
-        except OSError:
-            return
-        time.sleep(_SAMPLE_S)
-
-
-def fox_edge(*arguments: object) -> dict[str, Any]:
-    """Run one verb with --json in a fresh process."""
-    cost = run([sys.executable, "-m", "fox_edge.cli", *arguments, "--json"])
-    result: dict[str, Any] = json.loads(cost.stdout)
-    return result
-
-
-def random_checkpoint(work: Path, shape: str = "fox-1-1.6b") -> Path:
-    """The checkpoint of a shape, Fox-1's, in a scratch folder; made when it is not there."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint"
-    if not checkpoint.exists():
-        fox_edge("new", checkpoint, "--shape", shape, "--seed", "0")
-    return checkpoint
-
-
-def random_exports(work: Path, shape: str, exports: Mapping[str, Sequence[str]]) -> Path:
-    """That checkpoint with exports beside it, name -> words of the verb; those that are missing are made."""
-    checkpoint = random_checkpoint(work, shape)
-    for name, words in exports.items():
-        if not (work / name).exists():
-            fox_edge("export", checkpoint, work / name, *words, "--max-mean-kl", "10", "--greedy-tokens", "0")
-    return checkpoint
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """A results file as it is committed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 # --- exports -------------------------------------------------------------------------------------------
@@ -166,7 +88,7 @@ def _told(command: Sequence[object], kill_at: float | None = None) -> tuple[Cost
             [str(part) for part in command], stdout=out, stderr=subprocess.PIPE, text=True
         )
         peaks = {"VmHWM": 0, "RssAnon": 0}
-        watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
+        watcher = threading.Thread(target=watch, args=(process, peaks), daemon=True)
         watcher.start()
         assert process.stderr is not None
         said = []
@@ -272,18 +194,6 @@ def llama_bench(file: Path, build: Path) -> dict[str, Any]:
         "peak_rss_bytes": max(prompt.peak_rss_bytes, decode.peak_rss_bytes),
         "peak_anonymous_bytes": max(prompt.peak_anonymous_bytes, decode.peak_anonymous_bytes),
     }
-
-
-def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several rounds -> one row per artifact with the median of every number."""
-    merged = []
-    for same in zip(*rounds, strict=True):
-        row = dict(same[0])
-        for key, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                row[key] = statistics.median(r[key] for r in same)
-        merged.append(row | {"rounds": len(same)})
-    return merged
 
 
 # What is held against what: (label, section, figure, our artifact, the peer's).

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import medians, write_results
 from benchmarks.fidelity.reference import ReferenceScorer
-from benchmarks.full_shape import fox_edge, medians, random_checkpoint, write_results
+from benchmarks.processes.commands import fox_edge, random_checkpoint
 from benchmarks.rounding import WINDOW, WINDOWS, measured, windows
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint

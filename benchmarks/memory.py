@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine, memory
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import TORCH_PREFIX, open_subject
 from benchmarks.common.table import Column, render
-from benchmarks.full_shape import fox_edge, random_exports, write_results
+from benchmarks.processes.commands import fox_edge, random_exports
 from benchmarks.processes.launch import run_worker
 from fox_edge.progress import say
 from runtimes.base import SessionOptions

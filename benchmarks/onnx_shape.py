@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
-from benchmarks.full_shape import fox_edge, medians, random_checkpoint, run, write_results
+from benchmarks.common.results import medians, write_results
+from benchmarks.processes.commands import fox_edge, random_checkpoint, run
 
 _COMMAND = "python -m benchmarks.onnx_shape WORK --results FILE.json --genai PYTHON"
 OURS = "onnx-int4-compensated"

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
-from benchmarks.full_shape import write_results
 from benchmarks.latency.conditions import Noise, describe, snapshot
 from benchmarks.latency.intervals import bootstrap_median
 from benchmarks.latency.users import Clock, time_turn

@@ -32,13 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.fidelity.divergence import look, perplexities, side_by_side, summary
 from benchmarks.fidelity.job import session_logits
 from benchmarks.fidelity.reference import ReferenceHead, hidden_states
 from benchmarks.fidelity.texts import WINDOW, Windows, built_in_text, read_windows
-from benchmarks.full_shape import fox_edge, write_results
+from benchmarks.processes.commands import fox_edge
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

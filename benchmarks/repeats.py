@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.results import write_results
 from benchmarks.common.table import Column, render
-from benchmarks.full_shape import write_results
 from benchmarks.latency.bench import REPEATS, bench
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say

@@ -26,10 +26,10 @@ import numpy as np
 
 from benchmarks.accuracy.gsm8k import read_split
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import Subject, open_subject
 from benchmarks.fidelity.divergence import Fidelity, compare
 from benchmarks.fidelity.reference import ReferenceScorer
-from benchmarks.full_shape import write_results
 from benchmarks.onnx_shape import peer_versions
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.progress import say

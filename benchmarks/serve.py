@@ -21,8 +21,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_results
 from benchmarks.common.table import Column, render
-from benchmarks.full_shape import write_results
 from benchmarks.latency.server_load import Endpoint, Messages, load
 from fox_edge.errors import FoxEdgeError
 from fox_edge.nano.problems import held_out

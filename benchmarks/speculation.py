@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks.accuracy.answer import encode
 from benchmarks.accuracy.tasks import TaskOptions, make_task
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
-from benchmarks.full_shape import write_results
 from benchmarks.processes.launch import run_worker
 from fox_edge.nano.problems import held_out
 from fox_edge.progress import say
