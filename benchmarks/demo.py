@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.evaluate import evaluate
+from benchmarks.common.results import command_text
 from benchmarks.common.subject import TORCH_PREFIX, open_subject
 from benchmarks.devices.profiles import PROFILES
 from benchmarks.fidelity.checks import LOGIT_TOKENS
@@ -58,7 +59,7 @@ def demo(
     commands = []
     for (format, quant), spec in zip(EXPORTS, specs, strict=True):
         command = ["export", checkpoint, spec, "--format", format, "--quant", quant, "--replace"]
-        commands.append("fox-edge " + " ".join(command))
+        commands.append(command_text(*command))
         fidelity[spec] = _export(command)
     everything = [*specs, reference]
     say("measuring each in fresh processes")
@@ -68,8 +69,8 @@ def demo(
     answers = {spec: _answer(spec) for spec in everything}
     names = {spec: f"{format.upper()} {quant}" for (format, quant), spec in zip(EXPORTS, specs, strict=True)}
     commands += [
-        "fox-edge bench " + " ".join(everything),
-        f"fox-edge eval {' '.join(everything)} --task {TASK} --limit {problems}",
+        command_text("bench", *everything),
+        command_text("eval", *everything, "--task", TASK, "--limit", problems),
     ]
     report = make_report(
         measured,

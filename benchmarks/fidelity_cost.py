@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine, peak_rss_bytes
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.fidelity.job import session_logits
@@ -166,8 +165,7 @@ def main() -> None:
         write_results(
             args.results,
             {
-                "command": "python -m benchmarks.fidelity_cost "
-                + " ".join(Path(a).name for a in sys.argv[1:]),
+                "command": study_command("fidelity_cost"),
                 "machine": machine(),
                 "shape": args.shape,
                 "text": text.to_json(),

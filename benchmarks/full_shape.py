@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import medians, write_results
+from benchmarks.common.results import medians, study_command, write_results
 from benchmarks.processes.commands import Cost, fox_edge, random_checkpoint, run, watch
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
@@ -248,7 +248,7 @@ def main() -> None:
     if args.part == "compensated":
         found = json.loads(args.results.read_text(encoding="utf-8"))
         found["compensated"] = {
-            "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
+            "command": study_command("full_shape"),
             "machine": machine(),
         } | compensated_export(checkpoint, work)
         write_results(args.results, found)
@@ -256,7 +256,7 @@ def main() -> None:
     before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results: dict[str, Any] = {
         **({"compensated": before["compensated"]} if "compensated" in before else {}),
-        "command": "python -m benchmarks.full_shape " + " ".join(Path(a).name for a in sys.argv[1:]),
+        "command": study_command("full_shape"),
         "machine": machine(),
         "prompt_tokens": PROMPT_TOKENS,
         "decode_tokens": DECODE_TOKENS,

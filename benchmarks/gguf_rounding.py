@@ -18,13 +18,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import medians, write_results
+from benchmarks.common.results import medians, study_command, write_results
 from benchmarks.fidelity.reference import ReferenceScorer
 from benchmarks.processes.commands import fox_edge, random_checkpoint
 from benchmarks.rounding import WINDOW, WINDOWS, measured, windows
@@ -267,7 +266,6 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
-    shown = " ".join(Path(a).name for a in sys.argv[1:])
     for part in ("fidelity", "speed") if args.part is None else (args.part,):
         if part == "fidelity":
             if args.data is None:
@@ -276,7 +274,7 @@ def main() -> None:
         else:
             found = {"rows": speed(args.work, args.rounds)}
         results[part] = {
-            "command": f"python -m benchmarks.gguf_rounding {shown}",
+            "command": study_command("gguf_rounding"),
             "machine": machine(),
         } | found
         write_results(args.results, results)

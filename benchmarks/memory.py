@@ -11,13 +11,12 @@ missing (Fox-1's shape takes 6 GB and some minutes). Memory does not depend on h
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine, memory
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import TORCH_PREFIX, open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.processes.commands import fox_edge, random_exports
@@ -140,7 +139,7 @@ def main() -> None:
             target = kind + str(args.work / name.removeprefix(TORCH_PREFIX))
             rows.append(compare(target, context, session, args.threads))
             say(f"{name} {session} {context}: {rows[-1]['ratio']:.3f}")
-            command = "python -m benchmarks.memory " + " ".join(Path(a).name for a in sys.argv[1:])
+            command = study_command("memory")
             write_results(
                 args.results,
                 {"command": command, "machine": machine(), "shape": args.shape, "rows": rows},

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import medians, write_results
+from benchmarks.common.results import medians, study_command, write_results
 from benchmarks.processes.commands import fox_edge, random_checkpoint, run
 
-_COMMAND = "python -m benchmarks.onnx_shape WORK --results FILE.json --genai PYTHON"
 OURS = "onnx-int4-compensated"
 _NEAREST, _SEARCH = "onnx-int4-nearest", "onnx-int4-search"
 PEER = "peer-genai"
@@ -257,7 +256,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     if args.part:
         results = json.loads(args.results.read_text(encoding="utf-8"))
-    results |= {"command": _COMMAND, "machine": machine(), "peers": peer_versions(args.genai)}
+    results |= {
+        "command": study_command("onnx_shape"),
+        "machine": machine(),
+        "peers": peer_versions(args.genai),
+    }
 
     def save(part: str, rows: list[dict[str, Any]], rounds: list[list[dict[str, Any]]]) -> None:
         kept = [goal for goal in results.get("goals", ()) if goal["section"] != part]

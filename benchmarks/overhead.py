@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.latency.conditions import Noise, describe, snapshot
@@ -158,7 +158,7 @@ def main() -> None:
             progress.update(n + 1, len(args.artifact))
     noise.probe()
     result = {
-        "command": f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}",
+        "command": study_command("overhead"),
         "machine": machine(),
         "conditions": describe(before, snapshot(), noise.percent),
         "limit_percent": LIMIT_PERCENT,

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.fidelity.divergence import look, perplexities, side_by_side, summary
@@ -314,8 +314,7 @@ def main() -> None:
         write_results(
             args.results,
             {
-                "command": "python -m benchmarks.perplexity_peer "
-                + " ".join(Path(a).name for a in sys.argv[1:]),
+                "command": study_command("perplexity_peer"),
                 "machine": machine(),
                 "checkpoint": args.checkpoint,
                 "text": text.to_json(),

@@ -10,9 +10,7 @@ clocks; how an answer is made is accuracy/answer.py's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from benchmarks.accuracy.gsm8k import judge
 from benchmarks.accuracy.tasks import Task, TaskOptions, make_task
 from benchmarks.common.machine import machine
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.processes.launch import run_worker
@@ -56,7 +55,7 @@ def prefix_gain(
                 progress.update(2 * repeats * n + turn + 1, runs)
             rows.append(_row(spec, task, rounds))
     return {
-        "command": " ".join(["python -m benchmarks.prefix_gain", *sys.argv[1:]]),
+        "command": study_command("prefix_gain"),
         "machine": machine(),
         "task": task.description,
         "n": len(task.ids),
@@ -149,7 +148,7 @@ def main() -> int:
             args.artifact, options, max_tokens=args.max_tokens, repeats=args.repeats, threads=args.threads
         )
         if args.results:
-            args.results.write_text(json.dumps(result, indent=1) + "\n")
+            write_results(args.results, result)
     except FoxEdgeError as error:
         say(f"prefix_gain: {error}")
         return 2

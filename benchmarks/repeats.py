@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.table import Column, render
 from benchmarks.latency.bench import REPEATS, bench
 from fox_edge.errors import FoxEdgeError
@@ -129,7 +128,7 @@ def main() -> None:
         decode_tokens=args.decode_tokens,
         threads=args.threads,
     )
-    command = f"python -m benchmarks.repeats {' '.join(sys.argv[1:])}"
+    command = study_command("repeats")
     write_results(args.results, {"command": command, "artifact": args.artifact, **found})
     print(repeats_text(found["results"]))
 

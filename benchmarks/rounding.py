@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.accuracy.gsm8k import read_split
 from benchmarks.common.machine import machine
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import Subject, open_subject
 from benchmarks.fidelity.divergence import Fidelity, compare
 from benchmarks.fidelity.reference import ReferenceScorer
@@ -190,7 +190,7 @@ def main() -> None:
         rows.append(measured(folder, reference, texts))
         say(f"{folder.name}: {rows[-1]['mean_kl_nats']:.5f} nats")
     results = {
-        "command": "python -m benchmarks.rounding " + " ".join(Path(a).name for a in sys.argv[1:]),
+        "command": study_command("rounding"),
         "machine": machine(),
         "peers": peer_versions(args.genai) if args.genai else {},
         "positions": WINDOWS * WINDOW,

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common.machine import machine
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.table import Column, render
 from benchmarks.latency.server_load import Endpoint, Messages, load
 from fox_edge.errors import FoxEdgeError
@@ -138,8 +138,7 @@ def bench_serve(args: argparse.Namespace) -> dict[str, Any]:
         url, _, model = args.peer.partition("=")
         peer = Endpoint(url.rstrip("/"), model or "default", args.peer_key)
         rows.append({"who": args.peer_name, **measure(peer, args.peer_pid, args)})
-    words = " ".join(Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:])
-    return {"command": f"python -m benchmarks.serve {words}", "machine": machine(), "results": rows}
+    return {"command": study_command("serve"), "machine": machine(), "results": rows}
 
 
 COLUMNS = (

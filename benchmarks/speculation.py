@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from typing import Any
 from benchmarks.accuracy.answer import encode
 from benchmarks.accuracy.tasks import TaskOptions, make_task
 from benchmarks.common.machine import machine
-from benchmarks.common.results import write_results
+from benchmarks.common.results import study_command, write_results
 from benchmarks.common.subject import open_subject
 from benchmarks.common.table import Column, render
 from benchmarks.processes.launch import run_worker
@@ -137,7 +136,7 @@ def main() -> None:
             job = {"task": "speculation", "subject": spec, "threads": args.threads, "prompts": texts}
             results += rows(spec, kind, run_worker(job))
             say(f"{spec}, {kind}: done")
-            command = "python -m benchmarks.speculation " + " ".join(Path(a).name for a in sys.argv[1:])
+            command = study_command("speculation")
             write_results(args.results, {"command": command, "machine": machine(), "results": results})
     print(render(COLUMNS, [r | {"identical_text": f"{r['identical']} of {r['answers']}"} for r in results]))
 

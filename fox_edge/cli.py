@@ -11,7 +11,6 @@ import argparse
 import errno
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -209,6 +208,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    from benchmarks.common.results import command_text
     from benchmarks.latency.bench import bench, bench_text
 
     measure = partial(
@@ -225,7 +225,7 @@ def _bench(args: argparse.Namespace) -> None:
         session=_session(args),
         profile=args.profile,
         baseline=args.baseline,
-        command=shlex.join(["fox-edge", *args.words]),
+        command=command_text(*args.words),
     )
     if args.report is None:
         _need_report(args)

@@ -1,11 +1,24 @@
-"""A study's results file: the medians of its rounds, and how it is written. Knows no figure by its name."""
+"""What results say of their making, and a study's results file. Knows no figure by its name."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+
+def command_text(*words: object) -> str:
+    """A command of fox-edge's as a reader types it, to get the same results."""
+    return shlex.join(["fox-edge", *map(str, words)])
+
+
+def study_command(study: str) -> str:
+    """What this process, a study, was started by; of a path only its name, since readers have others."""
+    words = [Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", f"benchmarks.{study}", *words])
 
 
 def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from benchmarks.accuracy.evaluate import grade, pair
 from benchmarks.accuracy.lm_eval_tasks import HarnessTask
 from benchmarks.accuracy.tasks import Task
 from benchmarks.common.machine import machine, versions
+from benchmarks.common.results import command_text
 from benchmarks.common.table import Column, render
 from benchmarks.report.document import make_report, write_report
 from benchmarks.sweep.file import Sweep
@@ -48,7 +49,7 @@ def bench_step(plan: Plan, asked: Sweep, records: Records) -> Step | None:
         label=f"bench of {len(present)}",
         job={
             "artifacts": [subject.spec for subject in present],
-            "command": f"fox-edge sweep {asked.path}",
+            "command": command_text("sweep", asked.path),
             **settings,
         },
         key={
@@ -98,7 +99,7 @@ def finish(
             names=names,
             fidelity=fidelity or _verified(plan, records),
             evaluations=list(evaluations.values()),
-            commands=[f"fox-edge sweep {asked.path}"],
+            commands=[command_text("sweep", asked.path)],
         )
         write_report(report, folder / REPORT)
         files[REPORT] = report
