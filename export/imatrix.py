@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from fox_edge.gguf_format import (
     parse_header,
     stored_name,
 )
+from fox_edge.partial import partial_files
 from fox_edge.quant import EMBEDDING, HEAD
 
 try:
@@ -84,14 +84,11 @@ def write_imatrix(path: Path, importance: Importance, config: FoxConfig, *, repl
     if path.exists() and not replace:
         raise ArtifactError(f"{path}: exists already; choose another name, or say that it may be replaced")
     _check(path, importance.sums, importance.counts, config)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _write(temporary, importance)
-        temporary.replace(path)
+        with partial_files(path) as [partial]:
+            _write(partial, importance)
     except OSError as error:
         raise ArtifactError(f"{path}: writing failed ({error.strerror}); nothing was kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Writer(gguf.GGUFWriter):

@@ -1,7 +1,8 @@
-"""A folder that appears whole or not at all: filled under a hidden name beside its target, then renamed.
+"""Folders, files that appear whole or not at all: filled under a hidden name beside the target, then renamed.
 
-Whoever fills one holds a lock on it, so that what a killed process left behind is told from what another is
-writing now, and is cleared away by the next one that writes to the same target. Knows nothing of contents.
+Whoever fills a folder holds a lock on it, so that what a killed process left behind is told from what another
+is writing now, and is cleared away by the next one that writes to the same target. Files are small and done
+at once: of them, what a killed process left stays. Knows nothing of contents.
 """
 
 from __future__ import annotations
@@ -80,6 +81,34 @@ class PartialFolder:
         return False
 
 
+@contextlib.contextmanager
+def partial_files(*targets: Path) -> Iterator[list[Path]]:
+    """Names to write the targets under; on leaving they are on the disk and renamed, all of them or none.
+
+    Leaving with an exception, or without having written all, deletes what was written, and what the targets
+    were stays. Raises OSError.
+    """
+    partial = [_sibling(target, _PARTIAL) for target in targets]
+    try:
+        yield partial
+        for path in partial:
+            _sync(path)
+        for path, target in zip(partial, targets, strict=True):
+            path.replace(target)
+        for folder in {target.parent for target in targets}:
+            flush(folder)
+    finally:
+        for path in partial:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a text file, or leave what is there; raises OSError."""
+    with partial_files(target) as [partial]:
+        partial.write_text(text, encoding="utf-8")
+
+
 def _sibling(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(4)}{kind}"
 
@@ -107,8 +136,12 @@ def _remove_abandoned(folder: Path) -> None:
 def flush(path: Path) -> None:
     """Ask the disk to keep a file or folder; not every file system can flush a folder."""
     with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fox_edge.errors import ArtifactError
 from fox_edge.folder_lock import lock_folder
+from fox_edge.partial import write_whole
 
 _STATE, _LOCK, _TENSOR = "state.json", "lock", "step-{}.npy"
 _MAX_STATE_BYTES = 1 << 20
@@ -77,9 +78,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         state = {"identity": self.identity, "step": step, "tensor": name}
-        temporary = self.folder / f"{_STATE}.new"
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.replace(self.folder / _STATE)
+        write_whole(self.folder / _STATE, json.dumps(state))
         for old in self.folder.glob(_TENSOR.format("*")):
             if old.name != name:
                 old.unlink()

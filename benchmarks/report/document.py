@@ -16,10 +16,8 @@ nothing, and leaves what is said of the figures to advice.py and how it looks to
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +30,7 @@ from benchmarks.report.figures import TERMINAL_COLUMNS, baseline_note, short_nam
 from benchmarks.report.markdown import report_markdown
 from benchmarks.report.page import report_html
 from fox_edge.errors import FoxEdgeError
+from fox_edge.partial import partial_files
 
 SCHEMA = records.SCHEMA
 FILES = ("report.json", "report.md", "report.html")
@@ -142,46 +141,17 @@ def write_report(report: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
         report_html(report),
     )
     targets = tuple(folder / name for name in FILES)
-    staged: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         blocked = next((t for t in targets if t.is_dir()), None)
         if blocked:
             raise FoxEdgeError(f"{blocked}: the report cannot be written (a folder has its name)")
-        for target, text in zip(targets, texts, strict=True):
-            staged.append(_staged(target, text))
-        for temporary, target in zip(staged, targets, strict=True):
-            temporary.replace(target)
+        with partial_files(*targets) as partial:
+            for path, text in zip(partial, texts, strict=True):
+                path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FoxEdgeError(f"{folder}: the report cannot be written ({error.strerror})") from None
-    finally:
-        for temporary in staged:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
     return targets
-
-
-def _staged(target: Path, text: str) -> Path:
-    """The text in a file of its own beside its target, on the disk."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-    ) as file:
-        path = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            path.chmod(0o666 & ~_umask())
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def read_report(path: Path) -> dict[str, Any]:

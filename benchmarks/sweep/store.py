@@ -17,7 +17,7 @@ from typing import Any
 
 from fox_edge.errors import FoxEdgeError
 from fox_edge.folder_lock import lock_folder
-from fox_edge.partial import flush
+from fox_edge.partial import partial_files
 
 _LOCK, _STEPS = ".lock", "steps"
 _MAX_BYTES = 256 << 20
@@ -80,17 +80,10 @@ def _is_record(record: Any, identity: str) -> bool:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file under a temporary name, flush and rename it; raises FoxEdgeError, leaving nothing."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Write a file whole or not at all; raises FoxEdgeError."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with partial_files(path) as [partial], partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, ensure_ascii=False, indent=1)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise FoxEdgeError(f"{path}: cannot be written ({error.strerror})") from None

@@ -39,6 +39,7 @@ from fox_edge.nano.evaluate import accuracy
 from fox_edge.nano.make_tokenizer import write_json, write_model_files
 from fox_edge.nano.plan import Plan, Stage
 from fox_edge.nano.problems import held_out
+from fox_edge.partial import partial_files
 
 # On a CPU, plain matrix products beat the fused attention kernel up to this many positions.
 MATMUL_ATTENTION_POSITIONS = 512
@@ -155,14 +156,13 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint whole or not at all."""
-        part = path.with_suffix(".part")
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
         }
-        torch.save(state, part)
-        part.replace(path)
+        with partial_files(path) as [partial]:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
@@ -180,9 +180,9 @@ def micro_batches(batch: np.ndarray, plan: Plan, workers: int) -> list[slice]:
 
 def export_weights(model: Fox, path: Path) -> None:
     """Write the weights as one BF16 safetensors file under Hugging Face's names; tied means no head."""
-    part = path.with_suffix(".part")
-    save_file({name: w.to(torch.bfloat16) for name, w in model.state_dict().items()}, part, {"format": "pt"})
-    part.replace(path)
+    weights = {name: w.to(torch.bfloat16) for name, w in model.state_dict().items()}
+    with partial_files(path) as [partial]:
+        save_file(weights, partial, {"format": "pt"})
 
 
 def _steps(plan: Plan, done: int) -> Iterator[tuple[int, Stage, int]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fox_edge.partial import PartialFolder
+from fox_edge.partial import PartialFolder, partial_files, write_whole
 
 _FILL_AND_DIE = """
 import os, signal, sys
@@ -103,3 +104,41 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError), PartialFolder(tmp_path / "file" / "model"):
         pass
     assert names(tmp_path) == ["file"]
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def test_files_are_not_seen_before_all_are_written(tmp_path: Path) -> None:
+    targets = tmp_path / "a.json", tmp_path / "b.md"
+    with partial_files(*targets) as partial:
+        for path, text in zip(partial, "ab", strict=True):
+            path.write_text(text)
+            assert path.name.startswith(".") and path.name.endswith(".partial")
+        assert len(names(tmp_path)) == 2 and not any(target.exists() for target in targets)
+    assert names(tmp_path) == ["a.json", "b.md"] and targets[1].read_text() == "b"
+
+
+def test_one_that_fails_leaves_all_as_they_were(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", "old")
+    with pytest.raises(ValueError, match="stop"), partial_files(tmp_path / "a", tmp_path / "b") as [a, _]:
+        a.write_text("new")
+        raise ValueError("stop")
+    with pytest.raises(FileNotFoundError), partial_files(tmp_path / "a", tmp_path / "b") as [a, _]:
+        a.write_text("new")  # and the other one is forgotten
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a", "a lone \ud800")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_disk_that_fills_up_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems say so only when they are asked to keep what they took."""
+    write_whole(tmp_path / "a", "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "a", "new")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
