@@ -33,8 +33,9 @@ from export.compensate import Compensation
 from export.ggml import library, quantize
 from export.ggml_grids import dequantize, quantize_compensated
 from export.gguf_header import TensorPlace, pad, write_header
+from export.guidance import guidance
 from export.modelfile import MODELFILE, modelfile
-from export.rounding import COMPENSATED_ROWS, Guide, guidance, write_weights
+from export.rounding import COMPENSATED_ROWS, Guide, write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import CheckpointError, RecipeError

@@ -20,11 +20,12 @@ from export.common import (
     tensor_bytes,
     versions,
 )
+from export.guidance import guidance
 from export.onnx_clients import OPTIMUM, client_notes, write_client_files
 from export.onnx_graph import build_graph
 from export.onnx_layout import Layout, plan
 from export.onnx_weights import OnnxTarget
-from export.rounding import guidance, write_weights
+from export.rounding import write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import RecipeError

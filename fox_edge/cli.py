@@ -101,8 +101,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _imatrix(args: argparse.Namespace) -> None:
+    from export.guidance import importance_of
     from export.imatrix import write_imatrix
-    from export.rounding import importance_of
     from fox_edge.calibration import read_calibration
 
     checkpoint, out = _checkpoint(args.checkpoint), Path(args.out)

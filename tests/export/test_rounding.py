@@ -10,8 +10,9 @@ import torch
 
 import export.gguf
 from export.gguf import export_gguf
+from export.guidance import importance_of
 from export.imatrix import write_imatrix
-from export.rounding import Guide, Rounding, importance_of
+from export.rounding import Guide, Rounding
 from fox_edge.artifact import Artifact
 from fox_edge.calibration import MEAN_SQUARE_TOKENS, read_calibration
 from fox_edge.checkpoint import Checkpoint
