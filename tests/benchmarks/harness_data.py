@@ -10,9 +10,10 @@ from typing import Any
 ANIMALS = ("fox", "owl", "hare", "newt", "crow", "mole")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any] | str]) -> Path:
+    """A line per row; a text is a line as it is, for files that are broken."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 

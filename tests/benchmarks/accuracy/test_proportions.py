@@ -14,6 +14,7 @@ from benchmarks.accuracy.proportions import (
     sign_flip_p,
     tango_percent,
     tango_score,
+    wilson_percent,
 )
 
 
@@ -22,6 +23,27 @@ def answers(won: int, lost: int, both: int = 0, neither: int = 0) -> tuple[list[
     pairs = [(0, 1)] * won + [(1, 0)] * lost + [(1, 1)] * both + [(0, 0)] * neither
     first, second = zip(*pairs, strict=True)
     return list(first), list(second)
+
+
+# --- one share, and disagreements ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # 8 of 10 by hand: (0.8 + 0.19207 -+ 1.95996 sqrt(0.016 + 0.0096036)) / 1.384146 = 0.4902, 0.9433
+    [(8, 10, 49.02, 94.33), (0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (50, 100, 40.38, 59.62)],
+)
+def test_wilson_intervals(correct, n, low, high):
+    assert wilson_percent(correct, n) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+
+
+def test_mcnemar_by_hand():
+    # 8 disagreements, 1 against 7: two-sided 2 (C(8,0) + C(8,1)) / 2^8 = 18 / 256
+    first = [True] * 7 + [False] + [True] * 5 + [False] * 4
+    second = [False] * 7 + [True] + [True] * 5 + [False] * 4
+    assert mcnemar_p(first, second) == mcnemar_p(second, first) == 18 / 256
+    assert mcnemar_p(first, first) == 1
+    assert mcnemar_p([True, False], [False, True]) == 1
 
 
 # --- Tango's interval -----------------------------------------------------------------------------
