@@ -15,6 +15,7 @@ from benchmarks.accuracy.evaluate import evaluate
 from benchmarks.sweep.run import sweep
 from fox_edge.cli import main
 from fox_edge.grammar import EXIT_MISTAKE
+from tests.benchmarks.harness_data import gsm8k_row, rows, write_jsonl
 from tests.clients.helpers import REQUIRED
 
 if "ray" not in REQUIRED:
@@ -40,22 +41,10 @@ questions_per_step = 1
 _STORE_BYTES = 80 << 20
 
 
-def write_questions(path: Path, first: int, count: int) -> None:
-    names = ("Ada", "Ben", "Cleo")
-    lines = [
-        {
-            "question": f"{names[n % 3]} has {n} pens and buys {n + 2} more. How many pens are there?",
-            "answer": f"{n} + {n + 2} = <<{n}+{n + 2}={2 * n + 2}>>{2 * n + 2} pens.\n#### {2 * n + 2}",
-        }
-        for n in range(first, first + count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture
 def file(tmp_path) -> Path:
-    write_questions(tmp_path / "train.jsonl", 3, 3)
-    write_questions(tmp_path / "test.jsonl", 20, QUESTIONS)
+    write_jsonl(tmp_path / "train.jsonl", rows(gsm8k_row, 3, 3))
+    write_jsonl(tmp_path / "test.jsonl", rows(gsm8k_row, 20, QUESTIONS))
     (tmp_path / "sweep.toml").write_text(TEXT)
     return tmp_path / "sweep.toml"
 
