@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.common.table import Column, render
 from benchmarks.devices.card import card_text
 from benchmarks.latency.bounds_text import bounds_text
-from benchmarks.latency.conditions import conditions_text
+from benchmarks.latency.conditions_text import conditions_text
 from benchmarks.latency.intervals import ENOUGH_ROUNDS
 
 COLUMNS = (

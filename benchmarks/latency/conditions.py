@@ -195,27 +195,6 @@ def describe(
     }
 
 
-def conditions_text(conditions: dict[str, Any]) -> str:
-    """One line for a person: what is known, and the notes."""
-    parts = []
-    if conditions["noise_percent"] is not None:
-        parts.append(f"noise {conditions['noise_percent']:.1f} %{' (noisy)' if conditions['noisy'] else ''}")
-    if conditions["load_before"] is not None:
-        parts.append(f"load {conditions['load_before']:.1f} before")
-    if conditions["governor"]:
-        parts.append(f"governor {conditions['governor']}")
-    parts += _change("clock", conditions["frequency_hz"], 1e-9, "GHz")
-    parts += _change("temperature", conditions["temperature_c"], 1, "°C")
-    return "conditions: " + "; ".join([*(parts or ["this system tells nothing"]), *conditions["notes"]])
-
-
-def _change(name: str, values: dict[str, float | None], scale: float, unit: str) -> list[str]:
-    first, last = values["before"], values["after"]
-    if first is None or last is None:
-        return []
-    return [f"{name} {first * scale:.3g} to {last * scale:.3g} {unit}"]
-
-
 def _notes(before: Snapshot, after: Snapshot) -> list[str]:
     """What a reader should know before believing the numbers."""
     notes = []

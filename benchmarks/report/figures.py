@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.common.table import Column, rate
 from benchmarks.devices.card import card_text
+from benchmarks.latency.conditions_text import noise_text, surroundings
 
 Row = Mapping[str, Any]
 
@@ -151,9 +152,9 @@ def condition_facts(report: Mapping[str, Any]) -> dict[str, str]:
             for c in report.get("compute") or ()
         ),
         "Runs": _runs(settings),
-        "Surroundings": _surroundings(conditions),
+        "Surroundings": ", ".join(surroundings(conditions)),
         "Card": card_text(conditions["card"]) if conditions.get("card") else "",
-        "Noise": _noise(conditions),
+        "Noise": noise_text(conditions),
         "Remarks": " ".join(conditions.get("notes") or ()),
         "Fidelity": _fidelity(report),
         "Answers right": "; ".join(
@@ -190,27 +191,6 @@ def _runs(settings: Mapping[str, Any]) -> str:
     if settings.get("profile"):
         parts.append(f"under the caps of {settings['profile']}")
     return ", ".join(parts)
-
-
-def _surroundings(conditions: Mapping[str, Any]) -> str:
-    parts = []
-    if conditions.get("governor"):
-        parts.append(f"governor {conditions['governor']}")
-    for key, unit, scale in (("frequency_hz", "GHz", 1e-9), ("temperature_c", "°C", 1.0)):
-        found = [(conditions.get(key) or {}).get(when) for when in ("before", "after")]
-        if all(value is not None for value in found):
-            before, after = (f"{value * scale:.3g}" for value in found if value is not None)
-            parts.append(f"{before} {unit} before, {after} {unit} after")
-    if conditions.get("load_before") is not None:
-        parts.append(f"load {conditions['load_before']:.2f} before")
-    return ", ".join(parts)
-
-
-def _noise(conditions: Mapping[str, Any]) -> str:
-    if conditions.get("noise_percent") is None:
-        return ""
-    word = "noisy" if conditions.get("noisy") else "quiet"
-    return f"{conditions['noise_percent']:.1f} % between equal pieces of work: {word}"
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:

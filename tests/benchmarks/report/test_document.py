@@ -177,8 +177,8 @@ def test_the_full_page_has_conditions_ranks_ratios_caps_and_devices(full):
     assert by_name["gguf-laptop"][7] == "3"
     for said in (
         "governor performance",
-        "3.4 GHz before, 3.3 GHz after",
-        "41 °C before, 63 °C after",
+        "clock 3.4 to 3.3 GHz",
+        "temperature 41 to 63 °C",
         "1.4 % between equal pieces of work: quiet",
         "page cache warm",
         "workload paper",
