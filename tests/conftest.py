@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from tests.helpers import TINY_256, make_checkpoint
 
@@ -44,6 +45,16 @@ def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def nano() -> Checkpoint:
     """The embedded model."""
     return Checkpoint.open("nano")
+
+
+@pytest.fixture(scope="session")
+def nano_gguf(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The embedded model as an int8 GGUF artifact; not to be written to."""
+    from export.gguf import export_gguf
+    from fox_edge.quant import GGUF, find_recipe
+
+    folder = tmp_path_factory.mktemp("artifacts") / "nano-int8"
+    return export_gguf(nano, folder, find_recipe(GGUF, "int8"), threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -45,16 +45,6 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
 
 
-@pytest.fixture(scope="session")
-def nano_gguf(tmp_path_factory):
-    """The embedded model as an int8 GGUF artifact; not to be written to."""
-    from export.gguf import export_gguf
-    from fox_edge.quant import GGUF, find_recipe
-
-    folder = tmp_path_factory.mktemp("artifacts") / "nano-gguf"
-    return export_gguf(Checkpoint.open("nano"), folder, find_recipe(GGUF, "int8"), verify=None, threads=1)
-
-
 @pytest.fixture
 def known_machine(monkeypatch):
     """A machine whose bandwidth is known, and that reckons neither operations nor memory."""

@@ -7,24 +7,20 @@ import contextlib
 import http.server
 import json
 import threading
-from pathlib import Path
 
 import pytest
 
 from benchmarks.latency.server_load import Endpoint, Reply, Tally, load, percentile
 from benchmarks.serve import measure, questions, rss_of
-from export.gguf import export_gguf
-from fox_edge.checkpoint import Checkpoint
+from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
-from fox_edge.quant import GGUF, find_recipe
 from tests.runtimes.server.conftest import running
 
 
-def test_a_measurement_of_our_own_server(tmp_path: Path) -> None:
-    artifact = export_gguf(Checkpoint.open("nano"), tmp_path / "nano", find_recipe(GGUF, "int8"))
+def test_a_measurement_of_our_own_server(nano_gguf: Artifact) -> None:
     args = argparse.Namespace(questions=4, max_tokens=12, clients=6, seconds=0.5, rounds=2, system_words=300)
-    with running(str(artifact.path), slots=2, queue=8) as served:
-        row = measure(Endpoint(served.url, "nano"), None, args)
+    with running(str(nano_gguf.path), slots=2, queue=8) as served:
+        row = measure(Endpoint(served.url, nano_gguf.path.name), None, args)
     assert (row["failed"], row["different"], row["failures"]) == (0, 0, [])
     assert row["answers"] >= 6 and row["distinct_answers"] > 1 and row["tokens_per_s"] > 0
     assert 0 < row["first_token_p50_s"] <= row["first_token_p95_s"]

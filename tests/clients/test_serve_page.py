@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
-from fox_edge.checkpoint import Checkpoint
-from fox_edge.quant import GGUF, find_recipe
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import SessionOptions, open_session
 from runtimes.generate import generate
@@ -19,12 +15,6 @@ from tests.clients.helpers import HERE, need_chromium, need_node, run_node
 from tests.runtimes.server.conftest import running
 
 SIZES = {"desktop": ("900", "700", "light"), "phone": ("360", "640", "dark")}
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    folder: Path = tmp_path_factory.mktemp("page") / "nano-int8"
-    return export_gguf(Checkpoint.open("nano"), folder, find_recipe(GGUF, "int8"))
 
 
 def greedy(artifact: Artifact, question: str) -> str:
@@ -44,18 +34,18 @@ def drive(url: str, size: str, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_chat(artifact: Artifact, size: str) -> None:
-    with running(str(artifact.path), slots=2) as served:
+def test_a_chat(nano_gguf: Artifact, size: str) -> None:
+    with running(str(nano_gguf.path), slots=2) as served:
         seen = drive(f"{served.url}/", size)
         ended = served.service.engine.metrics.answers
     assert (seen["opened"], seen["focusedFirst"]) == ("ready", "question")
     assert seen["title"].startswith("nano-int8") and seen["examples"] == 2
     assert seen["facts"]["quant"] == "int8 GGUF"
-    assert seen["facts"]["size"] == f"{artifact.total_bytes() / 1e6:.1f} MB"
+    assert seen["facts"]["size"] == f"{nano_gguf.total_bytes() / 1e6:.1f} MB"
     assert seen["facts"]["context"] == "1,024 tokens" and seen["facts"]["memory"].endswith((" MB", " GB"))
     assert seen["facts"]["fidelity"] == "not verified"
     first = seen["first"]
-    assert first["text"] == greedy(artifact, seen["question"]) and not first["failed"]
+    assert first["text"] == greedy(nano_gguf, seen["question"]) and not first["failed"]
     assert "tokens read" in first["note"] and "tokens/s" in first["note"]
     # What was said is announced once, whole; the focus stays where the next question is typed.
     assert first["announced"] == first["text"] and seen["focusedAfter"] == "question"
@@ -77,10 +67,10 @@ def test_a_chat(artifact: Artifact, size: str) -> None:
     assert {url.split("/")[2] for url in seen["requests"]} == {served.url.removeprefix("http://")}
 
 
-def test_a_locked_server_asks_for_its_key(artifact: Artifact) -> None:
-    with running(str(artifact.path), key="sesame", slots=1) as served:
+def test_a_locked_server_asks_for_its_key(nano_gguf: Artifact) -> None:
+    with running(str(nano_gguf.path), key="sesame", slots=1) as served:
         seen = drive(f"{served.url}/", "desktop", "sesame")
     assert (seen["opened"], seen["focusedFirst"]) == ("locked", "key")
     assert seen["hint"] == "This server wants an API key (Settings)."
-    assert seen["first"]["text"] == greedy(artifact, seen["question"])
+    assert seen["first"]["text"] == greedy(nano_gguf, seen["question"])
     assert seen["complaints"] == []
