@@ -2,7 +2,7 @@
 
 A room imports from itself and from the rooms before it in this list, which a test reads:
 
-    common       what can be measured, the machine, the terminal's table
+    common       what can be measured, the machine, results files, the terminal's table
     processes    work in processes of their own
     fidelity     how far an artifact is from its checkpoint
     devices      what a device allows

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.accuracy.evaluate import evaluate, make_any_task
 from benchmarks.accuracy.tasks import TaskOptions
+from benchmarks.common.records import is_number
 from benchmarks.common.subject import Subject, open_subject
 from benchmarks.devices.profiles import PROFILES
 from benchmarks.fidelity.task import evaluate_fidelity
 from benchmarks.latency.rows import rank_rows
 from benchmarks.report.document import make_report, need_folder, report_text, write_report
-from benchmarks.report.records import is_number
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError

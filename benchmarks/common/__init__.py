@@ -1,1 +1,1 @@
-"""What every room stands on: what can be measured, the machine, the terminal's table."""
+"""What every room stands on: what can be measured, the machine, results files, the terminal's table."""

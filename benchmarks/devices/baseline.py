@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fox_edge.config import read_json_object
-from fox_edge.errors import CheckpointError, FoxEdgeError
+from benchmarks.common.records import check_schema, read_json
+from fox_edge.errors import FoxEdgeError
 
 # Section 3 of the report: vLLM with BF16 weights on one H100, several users at once. "Over 200" output tokens
 # per second is what one user sees; the memory is the GPU's.
@@ -36,9 +36,6 @@ H100: dict[str, Any] = {
 }
 # Figures of a row that are held against the baseline's.
 RATIOS = ("decode_tokens_per_s", "peak_rss_bytes")
-# The newest result and report that this version reads; those before the first number have none.
-SCHEMA = 2
-_MAX_FILE_BYTES = 64 << 20
 _NAMES = 12  # that are listed
 _LONGEST = 200  # characters of a stranger's text
 _MOST = 1e18  # above any figure of a machine
@@ -81,7 +78,7 @@ def baseline_text(base: Mapping[str, Any]) -> str:
 def _measured(spec: str) -> dict[str, Any]:
     """One row of a file that an earlier run wrote, in the published row's keys."""
     path, wanted = _split(spec)
-    fields = _read(path)
+    fields = check_schema(read_json(path), path)
     rows = _rows(fields, path)
     row = _choose(rows, wanted, path)
     machine, settings = (_object(fields.get(key)) for key in ("machine", "settings"))
@@ -112,19 +109,6 @@ def _split(spec: str) -> tuple[Path, str | None]:
         return Path(spec), None
     name, _, wanted = spec.rpartition("#")
     return Path(name), wanted
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields = read_json_object(path, _MAX_FILE_BYTES)
-    except CheckpointError as error:
-        raise FoxEdgeError(str(error)) from None
-    schema = fields.get("schema", 1)
-    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise FoxEdgeError(f"{path}: schema is {schema!r}, but must be a whole number from 1")
-    if schema > SCHEMA:
-        raise FoxEdgeError(f"{path}: schema {schema}, but this version of fox-edge reads up to {SCHEMA}")
-    return fields
 
 
 def _rows(fields: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from benchmarks.accuracy.proportions import compare as paired
+from benchmarks.common import records
 from benchmarks.common.table import Column, render
-from benchmarks.report import records
 from benchmarks.report.document import read_report
 from benchmarks.report.figures import interval_of
 from fox_edge.errors import FoxEdgeError

@@ -23,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import records
 from benchmarks.common.table import render
-from benchmarks.report import records
 from benchmarks.report.advice import advise
 from benchmarks.report.figures import TERMINAL_COLUMNS, baseline_note, short_names
 from benchmarks.report.markdown import report_markdown

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common import records
 from benchmarks.devices import card_rates
 from benchmarks.devices.roofline import Bandwidth
 from benchmarks.latency import bench as bench_module
@@ -16,7 +17,6 @@ from benchmarks.latency.bench import bench, bench_text
 from benchmarks.latency.ceilings import device_of
 from benchmarks.latency.rows import FIGURES
 from benchmarks.processes.launch import WorkerError
-from benchmarks.report import records
 from tests.benchmarks.fake_card import ANSWERS, STATE, put_card
 from tests.benchmarks.fake_session import Clock, FakeSession
 from tests.benchmarks.latency.test_bench import write_artifact

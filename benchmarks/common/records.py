@@ -189,8 +189,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return cleaned
 
 
-def check(record: dict[str, Any], shape: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record, when its schema is known and every figure has its type; raises FoxEdgeError."""
+def check_schema(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, when it is of a schema that this version reads; raises FoxEdgeError."""
     schema = record.get("schema", 1)
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise FoxEdgeError(f"{path}: schema is {_said(schema)}, not a whole number from 1")
@@ -198,6 +198,12 @@ def check(record: dict[str, Any], shape: dict[str, Any], path: Path) -> dict[str
         raise FoxEdgeError(
             f"{path}: written in schema {schema} by a later fox-edge; this one reads up to {SCHEMA}"
         )
+    return record
+
+
+def check(record: dict[str, Any], shape: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, when its schema is known and every figure has its type; raises FoxEdgeError."""
+    check_schema(record, path)
     wrong = _fault(record, shape, "")
     if wrong:
         raise FoxEdgeError(f"{path}: {wrong}")

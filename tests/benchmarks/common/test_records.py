@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import records
+from benchmarks.common import records
 from benchmarks.report.compare import read_result
 from benchmarks.report.document import make_report, read_report
 from fox_edge.errors import FoxEdgeError
