@@ -47,23 +47,32 @@ def test_tables_come_from_the_results_files() -> None:
         assert with_tables(text) == text, page
 
 
-def tree_paths() -> list[str]:
-    """Paths of the README's file tree; two spaces of indent are one folder deeper."""
-    body = next(body for language, body in BLOCKS if language == "" and body.startswith("fox_edge/"))
+HOUSE = ROOT / "docs" / "house.md"
+
+
+def tree_paths(text: str) -> set[str]:
+    """Paths of a page's file tree; two spaces of indent are one folder deeper."""
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    body = next(body for body in blocks if body.startswith("fox_edge/"))
     folders: list[str] = []
     paths = []
     for line in body.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         folders[depth:] = [line.split()[0]]
-        paths.append("".join(folders))
-    return paths
+        paths.append("".join(folders).rstrip("/"))
+    return set(paths)
 
 
-def test_the_tree_is_the_tree() -> None:
-    told = {path.rstrip("/") for path in tree_paths()}
-    missing = [path for path in told if not (ROOT / path).exists()]
-    assert missing == []
-    rooms = [ROOT / room for room in ("fox_edge", "export", "runtimes", "benchmarks")]
+def test_the_readmes_tree_has_every_room() -> None:
+    told = tree_paths(TEXT)
+    assert [path for path in told if not (ROOT / path).exists()] == []
+    assert told >= {"fox_edge", "export", "runtimes", "benchmarks", "tests", "docs"}
+
+
+def test_the_tree_of_the_house_is_the_tree() -> None:
+    told = tree_paths(HOUSE.read_text(encoding="utf-8"))
+    assert [path for path in told if not (ROOT / path).exists()] == []
+    rooms = [ROOT / room for room in ("fox_edge", "export", "runtimes", "runtimes/cuda", "benchmarks")]
     rooms += [path.parent for path in (ROOT / "benchmarks").glob("*/__init__.py")]
     modules = {
         str(path.relative_to(ROOT))
