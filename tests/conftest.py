@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from tests.helpers import TINY_256, make_checkpoint
 
 # The models here are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+# Before anything imports triton: where there is no card, its interpreter runs the CUDA kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
