@@ -216,6 +216,13 @@ def fidelity(work: Path, data: Path, build: Path | None) -> dict[str, Any]:
     return {"positions": WINDOWS * WINDOW, "ours": ours, "peers": peers, "ratios": ratios(ours, peers)}
 
 
+# What is kept of `bench`'s rows.
+SPEED_KEYS = (
+    *("bytes", "bits_per_weight", "prompt_tokens_per_s", "decode_tokens_per_s"),
+    *("peak_rss_bytes", "anonymous_rss_bytes", "rounds"),
+)
+
+
 def speed(work: Path, rounds: int) -> list[dict[str, Any]]:
     """FAST at Fox-1's exact shape: bytes, prompt and decode speed, medians of interleaved rounds."""
     checkpoint = random_checkpoint(work)
@@ -232,7 +239,7 @@ def speed(work: Path, rounds: int) -> list[dict[str, Any]]:
     ]
     rows = medians(found)
     return [
-        row | {"artifact": Path(row["artifact"]).name, "recipe": name}
+        {"recipe": name, "artifact": Path(row["artifact"]).name, **{key: row[key] for key in SPEED_KEYS}}
         for name, row in zip(FAST, rows, strict=True)
     ]
 

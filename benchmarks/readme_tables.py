@@ -350,7 +350,7 @@ def gguf_rounding_table(results: Mapping[str, Any]) -> str:
                 f"{row['top1_agreement_percent']:.1f}",
                 *(
                     (
-                        _mb(speed["weight_bytes"]),
+                        _mb(speed["bytes"]),
                         f"{speed['prompt_tokens_per_s']:.0f}",
                         f"{speed['decode_tokens_per_s']:.1f}",
                     )
