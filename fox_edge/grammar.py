@@ -132,6 +132,7 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     serve.add_argument("--api-key", metavar="KEY", help="default: the environment's FOX_EDGE_API_KEY")
     serve.add_argument("--name", help="the model's id in requests (default: the folder's name)")
     serve.add_argument("--slots", type=_positive, default=4, help="answers at once (default: 4)")
+    _loose_batch(serve)
     serve.add_argument("--queue", type=_count, default=64, help="requests that may wait (default: 64)")
     serve.add_argument("--max-tokens", type=_positive, help="the most per answer (default: the context)")
     serve.add_argument("--timeout", type=float, default=600.0, help="seconds per answer (default: 600)")
@@ -166,6 +167,7 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         metavar="N[,N...]",
         help="conversations at once on the same weights, a row for each number (default: 1)",
     )
+    _loose_batch(bench)
     bench.add_argument(
         "--page-cache",
         choices=("warm", "cold"),
@@ -238,6 +240,12 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--train", help="GSM8K train.jsonl, for the worked examples")
     evaluate.add_argument(
+        "--batch",
+        type=_positive,
+        metavar="N",
+        help="answer N questions at once, in one pass over the weights (default: GGUF one by one, a GPU 64)",
+    )
+    evaluate.add_argument(
         "--answers", metavar="FILE", help="keep every answer in this .jsonl, and go on where it was cut off"
     )
     _fidelity(evaluate)
@@ -309,6 +317,15 @@ def _fidelity(parser: argparse.ArgumentParser) -> None:
 
 def _threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="default: the processors this process may use")
+
+
+def _loose_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loose-batch",
+        action="store_true",
+        help="GGUF, GPU: take the next tokens of all answers in one pass over the weights, even where an "
+        "answer's last bits then depend on the others",
+    )
 
 
 def _session_options(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from benchmarks.processes.launch import WorkerError, run_worker
 from fox_edge.artifact import Artifact, sha256_file
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import Progress
+from runtimes.base import usual_batch
 
 Told = Callable[[int, int], None]
 # What `fox-edge eval` also has, and fidelity/task.py does.
@@ -44,16 +45,20 @@ def evaluate(
     answers: Path | None = None,
     threads: int | None = None,
     session: dict[str, Any] | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Let artifacts (or 'torch:CHECKPOINT') answer, grade them, and return the report.
 
     Pairs are made with the first PyTorch model, else with the first artifact. A subject that gives no answers
     gets a row with 'error'. `answers` is a file that keeps every answer, and from which a run goes on that
-    was cut off. `session` are more fields of SessionOptions. Raises FoxEdgeError for a task, file or subject
-    that is not there, or for a file of other answers.
+    was cut off. `session` are more fields of SessionOptions. `batch` questions are answered at once where the
+    runtime can; None: as many as it usually does. Raises FoxEdgeError for a task, file or subject that is not
+    there, or for a file of other answers.
     """
     subjects = [open_subject(spec) for spec in artifacts]
     asked = make_any_task(task, TaskOptions(limit, shots, data, train, seed))
+    if batch is not None and not isinstance(asked, Task):
+        raise FoxEdgeError(f"--batch {batch}: {asked.name} asks its questions one by one")
     settings = {"threads": threads, "session": session or {}}
     rows = []
     with (
@@ -65,7 +70,8 @@ def evaluate(
             def told(done: int, total: int, before: int = n) -> None:
                 progress.update(before * total + done, len(subjects) * total)
 
-            rows.append(_row(subject, asked, settings, log, told))
+            at_once = _at_once(subject, batch) if isinstance(asked, Task) else 1
+            rows.append(_row(subject, asked, settings | {"at_once": at_once}, log, told))
     pair(rows)
     whole = next((row for row in rows if "error" not in row), None)
     ids = asked.ids if isinstance(asked, Task) else [a["question"] for a in whole["answers"]] if whole else []
@@ -98,10 +104,11 @@ def _row(
         "runtime": subject.runtime,
         "format": subject.format,
         "quant": subject.quant,
+        "at_once": settings["at_once"],
     }
     done: dict[str, dict[str, Any]] = {}
     if log is not None:
-        done = log.begin(subject.spec, identity(subject, asked, settings["session"]))
+        done = log.begin(subject.spec, identity(subject, asked, settings["session"], settings["at_once"]))
     job = {"subject": subject.spec, **settings, "log": str(log.path) if log is not None else None}
     last = [0, 0]
 
@@ -147,9 +154,18 @@ def _answered(job: dict[str, Any], task: Task, done: dict[str, dict[str, Any]], 
     }
 
 
-def identity(subject: Subject, asked: Task | HarnessTask, session: dict[str, Any]) -> dict[str, Any]:
+def _at_once(subject: Subject, batch: int | None) -> int:
+    """How many questions a subject is asked at once; one where its conversations cannot step together."""
+    usual = usual_batch(subject.runtime)
+    return max(1, usual) if batch is None or not usual else batch
+
+
+def identity(
+    subject: Subject, asked: Task | HarnessTask, session: dict[str, Any], at_once: int = 1
+) -> dict[str, Any]:
     """What answers depend on: answers in a file are taken over only where all of it is the same."""
     return {
+        **({"at_once": at_once} if at_once > 1 else {}),
         "digest": subject_digest(subject),
         "task": asked.name,
         "shots": asked.shots,
@@ -225,6 +241,7 @@ COLUMNS = (
     Column("p", "paired_p", "{:.2g}"),
     Column("verdict", "verdict"),
     Column("cut", "cut_answers", "{:d}"),
+    Column("at once", "several", "{:d}"),
     Column("s", "seconds", "{:,.0f}"),
 )
 
@@ -251,6 +268,8 @@ def evaluate_text(result: dict[str, Any]) -> str:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     shown = {**row, "interval": "{:.0f} to {:.0f}".format(*row["ci95_percent"])}
+    if row.get("at_once", 1) > 1:
+        shown["several"] = row["at_once"]
     if row["paired"]:
         low, high = row["paired"]["interval_percent"]
         shown["difference"] = f"{row['paired']['difference_percent']:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -30,7 +30,7 @@ _FIGURES = {
         *("total_tokens_per_s", "token_p50_s", "token_p95_s", "token_p99_s", "peak_rss_bytes"),
         *("anonymous_rss_bytes", "file_rss_bytes", "empty_rss_bytes", "ceiling_tokens_per_s"),
         *("roofline_percent", "prompt_ceiling_tokens_per_s", "prompt_roofline_percent"),
-        *("energy_joules_per_token", "memory_cap_bytes", "rank", "runs", "users"),
+        *("energy_joules_per_token", "memory_cap_bytes", "rank", "runs", "users", "together"),
         *("peak_device_bytes", "device_energy_joules_per_token"),
         *("positions", "mean_kl_nats", "mean_kl_se_nats", "median_kl_nats", "p99_kl_nats", "max_kl_nats"),
         *("top1_agreement_percent", "top1_se_percent", "top5_agreement_percent", "reference_perplexity"),

@@ -22,13 +22,14 @@ from runtimes.base import (
     Runtime,
     Session,
     SessionOptions,
+    is_artifact,
     is_foreign,
     load,
+    open_in,
     runtime_of_format,
     split_prefix,
 )
 from runtimes.kv_types import KV_TYPES, TORCH, kv_bytes_per_position
-from runtimes.lookup import speculating
 
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class Subject:
     context: int  # the most positions that it has
     config: FoxConfig | None
     folder: Path  # where the tokenizer is
-    session_class: str  # "module:class", made from (source, SessionOptions)
+    opened_by: Runtime
     source: Any = field(repr=False, compare=False)
 
     @property
@@ -75,12 +76,19 @@ class Subject:
 
         return Tokenizer.from_folder(self.folder)
 
-    def bytes_per_token(self, positions: int) -> int:
-        """Bytes that decoding one token at batch 1 must read, with `positions` tokens in the KV cache.
+    def bytes_per_token(self, positions: int, together: int = 1) -> int:
+        """Bytes that decoding one token must read, with `positions` tokens in the KV cache.
 
-        Every weight once. A tied matrix is read whole, as the head; an untied embedding only gives one row.
+        Every weight once for all users whose tokens come of one pass, `together`. A tied matrix is read
+        whole, as the head; an untied embedding only gives one row.
         """
-        return self.weight_bytes - self.unread_bytes + self.kv_bytes_per_position * positions
+        read = self.weight_bytes - self.unread_bytes
+        return -(-read // together) + self.kv_bytes_per_position * positions
+
+    @property
+    def session_class(self) -> str:
+        """ "module:class", made from (source, SessionOptions)."""
+        return self.opened_by.session
 
     def prepare(self) -> None:
         """Import its runtime, so that opening a session is not charged for that.
@@ -90,8 +98,8 @@ class Subject:
         load(self.session_class)
 
     def open_session(self, options: SessionOptions) -> Session:
-        """Open it in its runtime; a checkpoint opens in bfloat16 on the CPU."""
-        return speculating(load(self.session_class)(self.source, options), options)
+        """Open it in its runtime."""
+        return open_in(self.opened_by, self.source, options)
 
 
 def open_subject(spec: str | Path, kv: str | None = None) -> Subject:
@@ -108,8 +116,10 @@ def open_subject(spec: str | Path, kv: str | None = None) -> Subject:
         )
     if runtime is None and is_foreign(path):
         runtime = FOREIGN_ONNX
-    read = _READERS["artifact" if runtime is None else runtime.opens]
-    return read(spec, target, runtime, kv)
+    opens = "artifact" if runtime is None else runtime.opens
+    if opens == "model":
+        opens = "artifact" if is_artifact(path) else "checkpoint"
+    return _READERS[opens](spec, target, runtime, kv)
 
 
 def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
@@ -118,9 +128,11 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
     artifact = Artifact.open(path)
     manifest, config = artifact.manifest, FoxConfig.read(path / "config.json")
     runtime = runtime or runtime_of_format(manifest.format)
-    if kv not in KV_TYPES[manifest.format]:
+    stores = runtime.kv or manifest.format
+    if kv not in KV_TYPES[stores]:
         kv = None  # its session will refuse it
     embedding = sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING)
+    weights, embedding = _held(runtime, artifact, (manifest.weight_bytes, embedding))
     return Subject(
         spec=spec,
         target=target,
@@ -128,13 +140,13 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
         format=manifest.format,
         quant=manifest.quant,
         bytes=artifact.total_bytes(),
-        weight_bytes=manifest.weight_bytes,
+        weight_bytes=weights,
         unread_bytes=_unread(config, embedding),
-        kv_bytes_per_position=kv_bytes_per_position(config, manifest.format, kv),
+        kv_bytes_per_position=kv_bytes_per_position(config, stores, kv),
         context=config.max_positions,
         config=config,
         folder=path,
-        session_class=runtime.session,
+        opened_by=runtime,
         source=artifact,
     )
 
@@ -158,35 +170,45 @@ def _foreign(spec: str, target: str, runtime: Runtime | None, kv: str | None) ->
         context=foreign.context,
         config=foreign.config,
         folder=foreign.folder,
-        session_class=runtime.session,
+        opened_by=runtime,
         source=foreign,
     )
 
 
 def _checkpoint(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
-    """A checkpoint in bfloat16, and its cache too."""
+    """A checkpoint, in bfloat16 or in what its runtime makes of it, and its cache in bfloat16."""
     from fox_edge.checkpoint import Checkpoint
 
     runtime, checkpoint = runtime or TORCH_RUNTIME, Checkpoint.open(target)
     config = checkpoint.config
     stored = sum(checkpoint.tensor(name).nbytes for name in checkpoint.shapes())
     beside = [checkpoint.path / "config.json", *checkpoint.tokenizer_files()]
+    plain = (_BF16_BYTES * config.num_parameters(), _BF16_BYTES * config.vocab_size * config.hidden_size)
+    weights, embedding = _held(runtime, checkpoint, plain)
     return Subject(
         spec=spec,
         target=target,
         runtime=runtime.name,
         format=TORCH,
-        quant="bf16",
+        quant=runtime.quant,
         bytes=stored + sum(path.stat().st_size for path in beside),
-        weight_bytes=_BF16_BYTES * config.num_parameters(),
-        unread_bytes=_unread(config, _BF16_BYTES * config.vocab_size * config.hidden_size),
+        weight_bytes=weights,
+        unread_bytes=_unread(config, embedding),
         kv_bytes_per_position=kv_bytes_per_position(config, TORCH),
         context=config.max_positions,
         config=config,
         folder=checkpoint.path,
-        session_class=runtime.session,
+        opened_by=runtime,
         source=checkpoint,
     )
+
+
+def _held(runtime: Runtime, source: Any, stored: tuple[int, int]) -> tuple[int, int]:
+    """Bytes in memory of all weights and of the embedding: as stored, unless the runtime converts them."""
+    if not runtime.converts:
+        return stored
+    weights, embedding = load(runtime.session).held_bytes(source)
+    return int(weights), int(embedding)
 
 
 # What a runtime opens -> how it is described: (as the user named it, without the prefix, runtime, KV type).

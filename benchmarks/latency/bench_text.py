@@ -54,10 +54,11 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def _ceiling(row: dict[str, Any]) -> str:
     low, high = row["spread"]["decode_tokens_per_s"]
+    shared = f" ({row['together']} users in one pass)" if row["together"] > 1 else ""
     most = row["ceiling_tokens_per_s"]
     so = "on a card that could not be measured" if most is None else f"so at most {most:,.0f} tok/s"
     return (
-        f"{row['artifact']}: {row['bytes_per_token'] / 1e6:,.1f} MB per token, {so}; "
+        f"{row['artifact']}: {row['bytes_per_token'] / 1e6:,.1f} MB per token{shared}, {so}; "
         f"{low:,.1f} to {high:,.1f} in {row['runs']} runs"
     )
 

@@ -21,7 +21,15 @@ from benchmarks.devices.card import card_state, own_peak_bytes
 from benchmarks.devices.card_energy import CardEnergy
 from benchmarks.latency import page_cache
 from benchmarks.latency.conditions import EnergyMeter
-from benchmarks.latency.users import Clock, Turn, open_users, time_conversation, time_turn, time_users
+from benchmarks.latency.users import (
+    Clock,
+    Turn,
+    open_users,
+    time_conversation,
+    time_turn,
+    time_users,
+    users_in_a_pass,
+)
 from runtimes.base import Session, SessionOptions
 
 if TYPE_CHECKING:
@@ -173,6 +181,7 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
     return {
         "load_s": load_s,
         **figures,
+        "together": users_in_a_pass(sessions),
         "peak_rss_bytes": after.peak_rss,
         "anonymous_rss_bytes": after.anonymous,
         "file_rss_bytes": after.file,

@@ -41,6 +41,8 @@ def row(
     subject: Subject, runs: Sequence[dict[str, Any]], ceiling: Bandwidth | None, positions: int
 ) -> dict[str, Any]:
     """One result. A subject that died in one of its runs has 'error', and no figures."""
+    # Users whose tokens came of one pass over the weights.
+    together = runs[-1].get("together", 1)
     known: dict[str, Any] = {
         "artifact": subject.spec,
         "runtime": subject.runtime,
@@ -48,7 +50,8 @@ def row(
         "quant": subject.quant,
         "bytes": subject.bytes,
         "bits_per_weight": subject.bits_per_weight,
-        "bytes_per_token": subject.bytes_per_token(positions),
+        "together": together,
+        "bytes_per_token": subject.bytes_per_token(positions, together),
     }
     if "error" in runs[-1]:
         return {**known, "error": runs[-1]["error"]}
@@ -56,7 +59,7 @@ def row(
     known["runs"] = len(runs)
     most = None if ceiling is None else ceiling.bytes_per_s / known["bytes_per_token"]
     known["ceiling_tokens_per_s"] = most
-    # Of all users together: each of their tokens reads the weights anew.
+    # Of all users together: where they do not step together, each of their tokens reads the weights anew.
     known["roofline_percent"] = None if most is None else 100 * known["total_tokens_per_s"] / most
     return known
 

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from runtimes.sampling import choose
+
 
 class Clock:
     """Seconds that pass only when someone works."""
@@ -56,3 +58,24 @@ class FakeSession:
 
     def copy_prefix(self, source, length):
         raise AssertionError("users share no prefix here")
+
+
+class BatchingSession(FakeSession):
+    """A pass for several takes `pass_s`, however many they are."""
+
+    prefill_chunk = 32
+    pass_s = 0.1
+
+    def prefill_choose(self, tokens, choice):
+        return choose(self.prefill(tokens), choice)
+
+    def step_many(self, conversations, tokens, choices=None):
+        self.clock.now += self.pass_s
+        self.log.append((self.name, "pass", tuple(conversation.name for conversation in conversations)))
+        for conversation in conversations:
+            conversation.length += 1
+        return [choose(np.eye(8, dtype=np.float32)[c.length % 8], choices[0]) for c in conversations]
+
+    def another(self):
+        self.others += 1
+        return BatchingSession(self.clock, self.token_s, self.steps_s, self.log, self.others)

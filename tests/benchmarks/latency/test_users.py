@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from benchmarks.common.subject import open_subject
+from benchmarks.devices.roofline import Bandwidth
 from benchmarks.latency.measure import measure_waves, time_wave, timing, token_percentiles
-from benchmarks.latency.users import CHUNK, Turn, open_users, time_conversation, time_users
+from benchmarks.latency.rows import row
+from benchmarks.latency.users import (
+    CHUNK,
+    Turn,
+    open_users,
+    steps_together,
+    time_conversation,
+    time_users,
+    users_in_a_pass,
+)
 from benchmarks.latency.workloads import find_workload, waves
 from fox_edge.errors import FoxEdgeError
 from runtimes.base import SessionOptions
 from runtimes.generate import generate
 from runtimes.lookup import LookupSession
-from tests.benchmarks.fake_session import Clock, FakeSession
+from tests.benchmarks.fake_session import BatchingSession, Clock, FakeSession
 
 
 def test_a_chat_s_turn_costs_its_own_tokens_and_the_one_that_was_not_run():
@@ -79,6 +89,53 @@ def test_a_long_prompt_holds_nobody_up_for_longer_than_a_part():
     assert turns[1].prompt_tokens == 1000
 
 
+def test_users_who_can_step_together_do_and_a_token_is_there_when_its_pass_is_done():
+    clock = Clock()
+    sessions = open_users(BatchingSession(clock, token_s=0.01), 3, "a runtime")
+    assert steps_together(sessions) and not steps_together(sessions[:1])
+    assert (users_in_a_pass(sessions), users_in_a_pass(sessions[:1])) == (3, 1)
+    sessions[0].most_together = 2
+    assert users_in_a_pass(sessions) == 2
+    turns = time_users(sessions, [[[1] * 10]] * 3, 4, clock)
+    passes = [who for _, what, who in sessions[0].log if what == "pass"]
+    assert passes == [(0,), (0, 1), (0, 1, 2), (0, 1, 2), (1, 2), (2,)]
+    # Rounds of 0.1 s for a prompt, 0.2 s for a prompt and a pass twice, then passes of 0.1 s.
+    assert [turn.stamps_s[0] for turn in turns] == pytest.approx([0.1, 0.2, 0.4])
+    assert turns[0].stamps_s == pytest.approx([0.1, 0.3, 0.5, 0.6, 0.7])
+    assert turns[1].stamps_s == pytest.approx([0.2, 0.5, 0.6, 0.7, 0.8])
+    assert turns[2].stamps_s == pytest.approx([0.4, 0.6, 0.7, 0.8, 0.9])
+    assert [turn.prompt_s for turn in turns] == pytest.approx([0.1] * 3)
+    # 12 tokens in the 0.8 s in which anybody was answered: 6 passes, and two prompts between them.
+    assert timing([turns]).total_tokens_per_s == pytest.approx(12 / 0.8)
+
+
+def test_a_session_s_own_part_of_a_prompt_is_what_others_wait_for():
+    clock = Clock()
+    sessions = open_users(BatchingSession(clock, token_s=0.01), 2, "a runtime")
+    turns = time_users(sessions, [[[1] * 4], [[1] * 70]], 6, clock)
+    assert [n for name, what, n in sessions[0].log if (name, what) == (1, "prefill")] == [32, 32, 6]
+    assert np.diff(turns[0].stamps_s).max() == pytest.approx(0.01 * 32 + 0.1)
+
+
+def test_one_user_of_a_session_that_chooses_has_tokens_chosen_there():
+    clock = Clock()
+    session = BatchingSession(clock)
+    (turn,) = time_conversation(session, [[1] * 3], 5, clock)
+    assert [what for _, what, _ in session.log] == ["prefill", *["pass"] * 5]
+    assert turn.stamps_s == pytest.approx([0.03 + 0.1 * n for n in range(6)])
+
+
+def test_the_ceiling_of_users_who_step_together_counts_the_weights_once():
+    subject = open_subject("torch:nano")
+    alone, four = subject.bytes_per_token(100), subject.bytes_per_token(100, 4)
+    cache = 100 * subject.kv_bytes_per_position
+    assert 4 * (four - cache) == pytest.approx(alone - cache, abs=4)
+    run = {"total_tokens_per_s": 50.0, "decode_tokens_per_s": 12.5, "together": 4}
+    found = row(subject, [run], Bandwidth(1e9, "by hand", 0, 1, {}), 100)
+    assert (found["together"], found["bytes_per_token"]) == (4, four)
+    assert found["roofline_percent"] == pytest.approx(100 * 50 * four / 1e9)
+
+
 def test_users_chat_too_and_ask_again_as_soon_as_they_were_answered():
     clock = Clock()
     first = FakeSession(clock)
@@ -102,9 +159,32 @@ def test_sessions_that_cannot_share_say_so():
         open_users(LookupSession(FakeSession(Clock())), 3, "llama.cpp")
 
 
-@pytest.mark.parametrize("runtime", ["torch", "llama.cpp"])
-def test_users_of_nano_get_what_they_would_get_alone(nano_gguf, runtime):
-    subject = open_subject("torch:nano" if runtime == "torch" else str(nano_gguf.path))
+def test_users_of_nano_in_one_pass_get_what_they_would_get_alone(nano_gguf):
+    subject = open_subject(str(nano_gguf.path))
+    wave = waves(find_workload("custom", 70, 6), subject.tokenizer(), 3)[0]
+    session = subject.open_session(SessionOptions(context=128, threads=1, conversations=3))
+    sessions = open_users(session, 3, subject.runtime)
+    assert steps_together(sessions)
+    alone = []
+    for (prompt,) in wave:
+        session.reset()
+        alone.append(list(itertools.islice(generate(session, prompt), 7)))
+    passes = []
+    for each in sessions:
+        each.step_many = lambda conversations, tokens, choices, real=each.step_many: passes.append(
+            dict(zip(map(id, conversations), tokens, strict=True))
+        ) or real(conversations, tokens, choices)
+    time_users(sessions, wave, 6)
+    given = [[step[id(each)] for step in passes if id(each) in step] for each in sessions]
+    assert given == [tokens[:-1] for tokens in alone]
+    assert max(map(len, passes)) == 3
+    for each in sessions:
+        each.close()
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_users_of_nano_get_what_they_would_get_alone(nano_onnx, runtime):
+    subject = open_subject("torch:nano" if runtime == "torch" else str(nano_onnx.path))
     assert subject.runtime == runtime
     wave = waves(find_workload("custom", 70, 6), subject.tokenizer(), 2)[0]
     session = subject.open_session(SessionOptions(context=128, threads=1, conversations=2))
