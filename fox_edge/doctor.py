@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -95,13 +96,18 @@ _DEVICES: dict[str, Callable[[Any], str]] = {
 
 
 def _cuda() -> Finding:
+    name = "CUDA runtime (cuda:...)"
     try:
-        import torch
+        from fox_edge.gpu import find_gpu
     except ImportError:
-        return Finding("CUDA", False, None, "needs torch")
-    if not torch.cuda.is_available():
-        return Finding("CUDA", False, None, "torch sees no NVIDIA GPU; everything runs on the CPU")
-    return Finding("CUDA", True, torch.version.cuda, torch.cuda.get_device_name(0))
+        return Finding(name, False, None, "needs torch")
+    found = find_gpu()
+    if isinstance(found, str):
+        return Finding(name, False, None, f"{found}; everything else runs on the CPU")
+    detail = f"{found.name}, {found.memory_bytes / 1e6:,.0f} MB"
+    if importlib.util.find_spec("triton") is None:
+        return Finding(name, False, found.cuda, f"{detail}, but triton is not installed: pip install triton")
+    return Finding(name, True, f"CUDA {found.cuda}", detail)
 
 
 def _version(module: str) -> str:

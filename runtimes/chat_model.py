@@ -1,4 +1,4 @@
-"""What a user's word names for a chat: an artifact, another tool's ONNX model, or a checkpoint in PyTorch.
+"""What a user's word names for a chat: an artifact, another tool's ONNX model, or a checkpoint.
 
 Finds its tokenizer, its own wishes for sampling, and how it is opened; knows no conversation.
 """
@@ -17,14 +17,16 @@ from fox_edge.tokenizer import Tokenizer
 from runtimes.base import (
     FOREIGN_ONNX,
     TORCH_PREFIX,
+    Runtime,
     Session,
     SessionOptions,
-    load,
+    is_artifact,
+    open_in,
     open_model,
     open_session,
     runtime_name,
+    split_prefix,
 )
-from runtimes.lookup import speculating
 from runtimes.sampling import GREEDY, Sampling
 
 # generation_config.json's names for what we call otherwise, and all that is taken from there.
@@ -43,7 +45,10 @@ class ChatModel:
 
     name: str  # what it is, in a few words
     runtime: str
+    format: str
+    quant: str
     folder: Path
+    artifact: Artifact | None  # None for what is none of ours
     notes: tuple[str, ...]
     open: Callable[[SessionOptions], Session] = field(repr=False)
 
@@ -76,8 +81,11 @@ class ChatModel:
 
 def find_chat_model(spec: str) -> ChatModel:
     """Find out what the word names; reads no weights. Raises FoxEdgeError for something that is not there."""
-    if spec.startswith(TORCH_PREFIX):
-        return _checkpoint(spec.removeprefix(TORCH_PREFIX))
+    runtime, target = split_prefix(spec)
+    if runtime is not None:
+        if runtime.opens == "model" and is_artifact(Path(target)):
+            return _artifact(Artifact.open(Path(target)), runtime)
+        return _checkpoint(target, runtime)
     if not Path(spec).exists():
         raise ArtifactError(
             f"{spec}: no such artifact (a checkpoint's own model, in PyTorch, is {TORCH_PREFIX}CHECKPOINT)"
@@ -86,30 +94,44 @@ def find_chat_model(spec: str) -> ChatModel:
     if not isinstance(model, Artifact):
         return ChatModel(
             f"{model.path.name}, onnx {model.quant} by {model.producer}",
-            FOREIGN_ONNX[0],
+            FOREIGN_ONNX.name,
+            "onnx",
+            model.quant,
             model.folder,
+            None,
             ("another tool's export, not verified (fox-edge verify)",),
             lambda options: open_session(model, options),
         )
-    manifest = model.manifest
+    return _artifact(model)
+
+
+def _artifact(artifact: Artifact, runtime: Runtime | None = None) -> ChatModel:
+    """An artifact, in the runtime asked for, else in that of its format."""
+    manifest = artifact.manifest
     verified = (manifest.verification or {}).get("passed")
     return ChatModel(
-        f"{manifest.checkpoint}, {manifest.format} {manifest.quant}, {model.total_bytes() / 1e6:,.1f} MB",
-        runtime_name(manifest.format),
-        model.path,
+        f"{manifest.checkpoint}, {manifest.format} {manifest.quant}, {artifact.total_bytes() / 1e6:,.1f} MB",
+        runtime.name if runtime else runtime_name(manifest.format),
+        manifest.format,
+        manifest.quant,
+        artifact.path,
+        artifact,
         () if verified else ("this artifact was never verified",),
-        lambda options: open_session(model, options),
+        lambda options: open_in(runtime, artifact, options) if runtime else open_session(artifact, options),
     )
 
 
-def _checkpoint(name: str) -> ChatModel:
+def _checkpoint(name: str, runtime: Runtime) -> ChatModel:
     from fox_edge.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(name)
     return ChatModel(
-        f"{checkpoint.name}, BF16",
-        "torch",
+        f"{checkpoint.name}, {runtime.quant.upper()}",
+        runtime.name,
+        "checkpoint",
+        runtime.quant,
         checkpoint.path,
+        None,
         tuple(checkpoint.notes),
-        lambda options: speculating(load("runtimes.torch:TorchSession")(checkpoint, options), options),
+        lambda options: open_in(runtime, checkpoint, options),
     )

@@ -98,13 +98,15 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
 
 def values(matrix: Packed) -> Tensor:
     """What the integers of a matrix stand for: (N, C) float32."""
-    scales = matrix.scales.float()
-    offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
-    integers = matrix.integers
+    scales, integers = matrix.scales.float(), matrix.integers
     if matrix.bits == 4:
         integers = torch.stack((integers & 15, integers >> 4), dim=-1)
     blocks = integers.reshape(*scales.shape, matrix.block).float()
-    rows = (blocks * scales[..., None] + offsets[..., None]).flatten(1)
+    if matrix.offsets is None:
+        blocks = (blocks - matrix.zero) * scales[..., None]  # rounded once, as the files mean it
+    else:
+        blocks = blocks * scales[..., None] + matrix.offsets.float()[..., None]
+    rows = blocks.flatten(1)
     return rows if matrix.factors is None else rows * matrix.factors
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class GgufSource:
         rows, columns = _rows_of(self._file.info(tensor).shape)
         for start, stop in _ranges(rows, columns):
             if kind is None:
-                yield start, torch.from_numpy(self._file.rows(tensor, start, stop))
+                yield start, _tensor(self._file.rows(tensor, start, stop))
             else:
                 raw = torch.from_numpy(self._file.blocks(tensor, start, stop))
                 yield start, self._levels(raw.to(device), kind)
@@ -202,7 +203,7 @@ class OnnxSource:
         packed = self.form(tensor).bits > 0
         for start, stop in _ranges(rows, columns):
             if not packed:
-                yield start, torch.from_numpy(self._file.rows(tensor, start, stop))
+                yield start, _tensor(self._file.rows(tensor, start, stop))
                 continue
             first = start
             for blocks in self._file.blocks(tensor, start, stop):
@@ -212,7 +213,7 @@ class OnnxSource:
     def factors(self, tensor: str) -> Tensor | None:
         """What the graph multiplies the columns of embedding and head by."""
         found = self._file.column_scales(tensor) if self.form(tensor).scaled else None
-        return None if found is None else torch.from_numpy(found)
+        return None if found is None else _tensor(found)
 
     def notes(self) -> list[str]:
         """How many matrices are floats in the file."""
@@ -251,12 +252,17 @@ def _onnx_form(bits: int, block: int, symmetric: bool) -> Form:
 
 def _onnx_levels(stored: Any, device: torch.device) -> Levels:
     """Rows as an ONNX file stores them (`onnx_file.StoredBlocks`), unpacked on the device."""
-    integers = unpack(torch.from_numpy(stored.packed).to(device), stored.bits)
-    scales = torch.from_numpy(stored.scales).to(device).float()
+    integers = unpack(_tensor(stored.packed).to(device), stored.bits)
+    scales = _tensor(stored.scales).to(device).float()
     if stored.zero_points is None:
         return Levels(integers, scales, None, 1 << (stored.bits - 1))
-    zeros = unpack(torch.from_numpy(stored.zero_points).to(device), stored.bits)[:, : scales.shape[1]]
+    zeros = unpack(_tensor(stored.zero_points).to(device), stored.bits)[:, : scales.shape[1]]
     return Levels(integers, scales, -zeros.float() * scales)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor; PyTorch wants none that cannot be written to."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:

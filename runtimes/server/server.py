@@ -18,11 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError, MissingPackageError
 from fox_edge.progress import say
-from runtimes.base import SessionOptions, SharingSession, open_model
-from runtimes.chat_model import TORCH_PREFIX, ChatModel, find_chat_model
+from runtimes.base import SessionOptions, SharingSession, split_prefix
+from runtimes.chat_model import ChatModel, find_chat_model
 from runtimes.server.engine import Engine
 from runtimes.server.metrics import rss_bytes
 
@@ -112,9 +111,7 @@ def open_service(model: ChatModel, spec: str, session: SessionOptions, options: 
         raise
     engine.start()
     name = options.name or _own_name(spec)
-    return Service(
-        name, tokenizer, engine, _card(model, spec), sampling, options.max_tokens, options.timeout_s
-    )
+    return Service(name, tokenizer, engine, _card(model), sampling, options.max_tokens, options.timeout_s)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -198,22 +195,22 @@ class _Server(uvicorn.Server):
 
 def _own_name(spec: str) -> str:
     """The model's id where the user gives none: the last part of its path."""
-    return Path(spec.removeprefix(TORCH_PREFIX)).resolve().name
+    return Path(split_prefix(spec)[1]).resolve().name
 
 
-def _card(model: ChatModel, spec: str) -> dict[str, Any]:
+def _card(model: ChatModel) -> dict[str, Any]:
     """What is known about the model: its size, and what verification found."""
-    card: dict[str, Any] = {"title": model.name, "runtime": model.runtime}
-    if spec.startswith(TORCH_PREFIX):
-        return card | {"format": "checkpoint", "quant": "bfloat16"}
-    opened = open_model(Path(spec))
-    if not isinstance(opened, Artifact):
-        return card | {"format": "onnx", "quant": opened.quant}
-    manifest, found = opened.manifest, opened.manifest.verification or {}
+    card: dict[str, Any] = {
+        "title": model.name,
+        "runtime": model.runtime,
+        "format": model.format,
+        "quant": model.quant,
+    }
+    if model.artifact is None:
+        return card
+    manifest, found = model.artifact.manifest, model.artifact.manifest.verification or {}
     return card | {
-        "format": manifest.format,
-        "quant": manifest.quant,
-        "bytes": opened.total_bytes(),
+        "bytes": model.artifact.total_bytes(),
         "parameters": manifest.parameters,
         "verified": bool(found.get("passed")),
         "mean_kl_nats": found.get("mean_kl_nats"),
