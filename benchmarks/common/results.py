@@ -6,8 +6,11 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fox_edge.partial import write_whole
 
 
 def command_text(*words: object) -> str:
@@ -15,10 +18,14 @@ def command_text(*words: object) -> str:
     return shlex.join(["fox-edge", *map(str, words)])
 
 
-def study_command(study: str) -> str:
-    """What this process, a study, was started by; of a path only its name, since readers have others."""
-    words = [Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", f"benchmarks.{study}", *words])
+def study_command(study: str, words: Sequence[str] | None = None) -> str:
+    """What a study was started by, this process's own words if not told; of a path only its name.
+
+    Readers have folders of their own.
+    """
+    said = sys.argv[1:] if words is None else words
+    names = [Path(word).name if "/" in word and "://" not in word else word for word in said]
+    return shlex.join(["python", "-m", f"benchmarks.{study}", *names])
 
 
 def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -34,6 +41,6 @@ def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write a results file, as it is committed."""
+    """Write a results file as it is committed, whole: a study that is killed leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(results, indent=1) + "\n")

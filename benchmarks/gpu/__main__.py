@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.machine import machine
+from benchmarks.common.results import study_command, write_results
 from benchmarks.devices.card import find_card
 from benchmarks.gpu.checkpoint import checkpoint_in
 from benchmarks.gpu.goals import goal_rows, goals_text
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
     parts = args.part or [part for part in PARTS if part not in _BY_NAME]
     card = find_card()
     results |= {
-        "command": "python -m benchmarks.gpu " + shlex.join(Path(w).name if "/" in w else w for w in words),
+        "command": study_command("gpu", words),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shape": args.shape,
         "device": args.device,
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
 
     def save() -> None:
         results["goals"] = goal_rows(results)
-        write(args.results, results)
+        write_results(args.results, results)
 
     save()
     study = study_of(checkpoint_in(args.work, args.shape), args.shape, args.device)
@@ -122,14 +122,6 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
     print(goals_text(results["goals"]))
     if args.device != "cuda":
         print("a rehearsal without a card: none of these figures is one")
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the file whole: a run that is killed meanwhile leaves the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _before(path: Path) -> dict[str, Any]:
