@@ -3,8 +3,9 @@
     python -m benchmarks.serve ARTIFACT --clients 32 --seconds 120 --results FILE
 
 Every client asks held-out word problems under the same system prompt, greedy, and each answer must be, letter
-by letter, the one that a lone client got before. `--peer URL` puts the same load on another server that
-speaks OpenAI's interface, after ours has ended. Knows the command line and figures; how clients ask is
+by letter, the one that a lone client got before. `--loose-batch` does it once more, served so, which promises
+less: how many then differ is a figure. `--peer URL` puts the same load on another server that speaks OpenAI's
+interface, after ours has ended. Knows the command line and figures; how clients ask is
 latency/server_load.py's.
 """
 
@@ -45,12 +46,13 @@ def questions(count: int, system: str = SYSTEM) -> list[Messages]:
 
 @contextlib.contextmanager
 def our_server(
-    artifact: str, slots: int, queue: int, threads: int | None
+    artifact: str, slots: int, queue: int, threads: int | None, loose: bool = False
 ) -> Iterator[tuple[Endpoint, dict[str, Any]]]:
     """`fox-edge serve` in a process of its own, and what it said when it was ready."""
     command = [sys.executable, "-m", "fox_edge.cli", "serve", artifact, "--port", "0", "--json"]
     command += ["--slots", str(slots), "--queue", str(queue)]
     command += ["--threads", str(threads)] if threads else []
+    command += ["--loose-batch"] if loose else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -130,10 +132,12 @@ def measure(endpoint: Endpoint, pid: int | None, args: argparse.Namespace) -> di
 
 
 def bench_serve(args: argparse.Namespace) -> dict[str, Any]:
-    """Our server, then the peer where there is one."""
+    """Our server, with loose batches too where that is asked for, then the peer where there is one."""
     rows = []
-    with our_server(args.artifact, args.slots, max(64, args.clients), args.threads) as (endpoint, ready):
-        rows.append({"who": "fox-edge", "slots": ready["slots"], **measure(endpoint, ready["pid"], args)})
+    for loose in (False, True) if args.loose_batch else (False,):
+        with our_server(args.artifact, args.slots, max(64, args.clients), args.threads, loose) as (at, ready):
+            who = "fox-edge --loose-batch" if loose else "fox-edge"
+            rows.append({"who": who, "slots": ready["slots"], **measure(at, ready["pid"], args)})
     if args.peer:
         url, _, model = args.peer.partition("=")
         peer = Endpoint(url.rstrip("/"), model or "default", args.peer_key)
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="new system prompts, each used twice")
     parser.add_argument("--system-words", type=int, default=600)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--loose-batch", action="store_true", help="then the same, served so")
     parser.add_argument("--peer", metavar="URL[=MODEL]", help="another server, already running")
     parser.add_argument("--peer-name", default="peer")
     parser.add_argument("--peer-pid", type=int, help="its process, to watch its memory")

@@ -144,8 +144,8 @@ class SessionOptions:
     device: str | None = None
     # Conversations that will share the weights (`SharingSession.another`): memory is reckoned for all.
     conversations: int = 1
-    # Whether an answer's bits shall not depend on who else is asking: on a GPU a batch then has rows for all of
-    # them, whoever takes a step, and llama.cpp takes no more tokens into a pass than leaves all bits alike.
+    # Whether an answer's bits shall not depend on who else is asking: on a GPU a batch then has rows for all
+    # of them, whoever takes a step, and llama.cpp takes no more into a pass than leaves all bits alike.
     fixed_batch: bool = True
     # Whether what is kept beside the artifact (packed weights, tuned choices) may be used and added to.
     cache: bool = True

@@ -5,6 +5,7 @@ Knows llama.cpp's parameter structures; not models or sessions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -18,7 +19,7 @@ from runtimes.kv_types import KV_TYPES, default_kv
 from runtimes.llama_cpp_device import check_device, choose_device
 
 DEFAULT_KV = default_kv(GGUF)
-_CHOICES = ("prompt_threads", "flash_attention", "repack", "mmap", "batch")
+_CHOICES = ("prompt_threads", "flash_attention", "repack", "mmap")
 
 
 def check_options(options: SessionOptions) -> None:
@@ -37,6 +38,21 @@ def check_kv_blocks(options: SessionOptions, config: FoxConfig) -> None:
         raise FoxEdgeError(
             f"--kv {kv}: heads of {config.head_dim} values are no whole blocks of {block}; use {DEFAULT_KV}"
         )
+
+
+def shares_a_context(options: SessionOptions) -> bool:
+    """Whether several conversations have one context in common, and step together."""
+    # With attention in one pass over a cache that is not quantized a lone token's is split among threads, and
+    # that of several is not: no bits would be alike.
+    split = options.flash_attention and options.kv in (None, DEFAULT_KV)
+    return options.conversations > 1 and not (split and options.fixed_batch)
+
+
+def for_sharing(options: SessionOptions) -> SessionOptions:
+    """The options of such a context: attention by plain products where nothing says otherwise."""
+    if options.flash_attention is not None or options.kv not in (None, DEFAULT_KV):
+        return options
+    return replace(options, flash_attention=False)
 
 
 def choose_for_model(params: Any, options: SessionOptions) -> None:

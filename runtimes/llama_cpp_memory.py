@@ -19,44 +19,50 @@ import llama_cpp.llama_cpp as lib
 from fox_edge.artifact import Artifact, TensorRecord
 from fox_edge.config import FoxConfig
 from fox_edge.quant import EMBEDDING, GGUF
-from runtimes.base import SessionOptions
+from runtimes.base import SCORE_CHUNK, SessionOptions
 from runtimes.kv_types import kv_bytes_per_position
+from runtimes.llama_cpp_choices import for_sharing, shares_a_context
+from runtimes.llama_cpp_context import BATCH, CONTEXT_STEP, SHARED_BATCH
 from runtimes.memory import MemoryNeed
 
-# llama.cpp makes room for positions in steps of so many.
-CONTEXT_STEP = 256
 _CPU = 0  # enum ggml_backend_dev_type
 _BUFFER_AT = 8  # offset of the field `buffer` in struct ggml_tensor, behind its type
 _SCRATCH = 1 << 14  # bytes that hold three tensors' descriptions
-_F32 = 0
+_F32, _F32_BYTES = 0, 4
 # What the model and its context take beside weights and tensors.
 _FIXED = 9_000_000
 # Bytes per piece of the vocabulary: texts, scores, and the table that finds a piece by its text.
 _PIECE = 167
 
 
-def memory_need(artifact: Artifact, config: FoxConfig, options: SessionOptions, batch: int) -> MemoryNeed:
-    """The file and what is copied of it, the vocabulary and the buffers for `batch` tokens, the KV cache."""
+def memory_need(artifact: Artifact, config: FoxConfig, options: SessionOptions) -> MemoryNeed:
+    """The file and what is copied of it, the vocabulary and a batch's buffers, the KV cache."""
     weights = artifact.model_path.stat().st_size
     if options.repack is not False:
         copied = {t.name: copied_bytes(t, config.tied) for t in artifact.manifest.tensors}
         # A file that is not mapped is read once, into the layout that is wanted; the tied matrix into both.
         read = sum(t.bytes for t in artifact.manifest.tensors if copied[t.name] and t.name != EMBEDDING)
         weights += sum(copied.values()) - (read if options.mmap is False else 0)
-    conversations, tokens = options.conversations, min(batch, options.context or batch)
-    cache = kv_bytes_per_position(config, GGUF, options.kv)
+    contexts, batch, rows = options.conversations, BATCH, 0
+    if shares_a_context(options):
+        # One set of buffers for all, but a row of logits for each in a pass: in the graph, and outside it.
+        contexts, batch, rows = 1, SHARED_BATCH, min(options.conversations, SCORE_CHUNK)
+        options = for_sharing(options)
+    tokens = min(batch, options.context or batch)
     return MemoryNeed(
         weights=weights,
-        buffers=_FIXED + _PIECE * config.vocab_size + conversations * _activations(config, tokens),
-        per_position=conversations * cache,
-        scratch_per_position=conversations * _scores(config, tokens, options.flash_attention),
+        buffers=_FIXED
+        + (_PIECE + 2 * _F32_BYTES * rows) * config.vocab_size
+        + contexts * _activations(config, tokens),
+        per_position=options.conversations * kv_bytes_per_position(config, GGUF, options.kv),
+        scratch_per_position=contexts * _scores(config, tokens, options.flash_attention),
         step=CONTEXT_STEP,
     )
 
 
 def _activations(config: FoxConfig, tokens: int) -> int:
     """Bytes of a batch's intermediate results, and of what products are computed from."""
-    return 4 * tokens * (2 * config.intermediate_size + 4 * config.hidden_size)
+    return _F32_BYTES * tokens * (2 * config.intermediate_size + 4 * config.hidden_size)
 
 
 def _scores(config: FoxConfig, tokens: int, flash_attention: bool | None) -> int:

@@ -62,7 +62,8 @@ class Slots:
         slot = max(free, key=lambda slot: (shared[slot], -held[slot]))
         if shared[slot] < _WORTH_TAKING * held[slot]:
             slot = min(free, key=lambda slot: slot.last_used)
-        source = max(self.all, key=lambda other: shared[other])
+        # Some runtimes copy more of a source than is wanted: of equal ones the shortest.
+        source = max(self.all, key=lambda other: (shared[other], -other.cache.session.length))
         if shared[source] > shared[slot]:
             slot.cache.adopt(source.cache, shared[source])
         slot.last_used = self._uses

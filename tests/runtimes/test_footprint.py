@@ -104,7 +104,7 @@ def test_sessions_that_do_not_fit_are_refused_before_anything_is_loaded(
 ) -> None:
     need = LlamaCppSession.need(artifact, SessionOptions(context=256))
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total(256) - 1)
-    monkeypatch.setattr("runtimes.llama_cpp._load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("runtimes.llama_cpp_context.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(NotEnoughMemoryError, match=r"of KV cache .* no context would fit"):
         LlamaCppSession(artifact, SessionOptions(context=256))
     need = TorchSession.need(tiny_256, SessionOptions())
