@@ -12,7 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from fox_edge import nano
 from fox_edge.checkpoint import Checkpoint, write_checkpoint
 from fox_edge.config import SHAPES, FoxConfig
 from fox_edge.locate import NANO
+from fox_edge.nano.problems import generate as generate_problems
 from fox_edge.nano.problems import held_out
-from runtimes.base import BatchingSession, Logits, Session, SessionOptions, SharingSession
+from fox_edge.quant import EMBEDDING
+from runtimes.base import BatchingSession, Logits, Session, SessionOptions
 from runtimes.generate import generate
 from runtimes.torch import TorchSession
 
@@ -42,23 +44,35 @@ _SMALL = FoxConfig(
     head_dim=128,
     max_positions=1024,
 )
-_PROMPT, _STEPS, _USERS = 300, 24, 5
-_GREEDY_TOKENS = 64
+_SIZES = {"q_proj": 2.0, "o_proj": 0.25, "down_proj": 0.25}
 _TOKENIZER = "tokenizer", "special_tokens", "chat_template"
 
 
+class Reading(NamedTuple):
+    """How much is read: so many tokens as a prompt and then one by one, in so many conversations at most."""
+
+    prompt: int
+    steps: int
+    users: int
+
+    def length(self, user: int) -> int:
+        """Tokens of a conversation: all of different lengths, the first the longest."""
+        return self.prompt * (self.users + 1 - user) // (self.users + 1) + self.steps
+
+
 def logits_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """{device, checkpoint: 'nano' or 'random', seed?} -> relative errors of every way to read tokens."""
-    seed = job.get("seed", secrets.randbits(32))
+    """{device, checkpoint: 'nano' or 'random', read, seed?} -> relative errors of every way to read tokens.
+
+    Nano reads problems that were never told before, the random model random tokens.
+    """
+    seed, reading = job.get("seed", secrets.randbits(32)), Reading(*job["read"])
     with _checkpoint(job["checkpoint"], seed) as checkpoint:
-        rng = np.random.default_rng(seed)
-        texts = [rng.integers(8, checkpoint.config.vocab_size, _length(n)).tolist() for n in range(_USERS)]
+        texts = _texts(checkpoint, reading, seed)
         reference = _reference(checkpoint, texts)
-        spec = f"cuda:{checkpoint.path}"
-        options = SessionOptions(context=_PROMPT + _STEPS, conversations=_USERS, device=job["device"])
-        session = open_subject(spec).open_session(options)
+        options = SessionOptions(context=reading.length(0), conversations=reading.users, device=job["device"])
+        session = open_subject(f"cuda:{checkpoint.path}").open_session(options)
         with contextlib.closing(session):
-            found = dict(_ways(session, texts))
+            found = dict(_ways(session, texts, reading.steps))
         rows = [
             {"way": way, "relative_error": _relative(logits, [reference[n] for n in users])}
             for way, (users, logits) in found.items()
@@ -77,20 +91,21 @@ def logits_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> di
 
 
 def greedy_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """{device, texts} -> after how many of them nano says the same 64 tokens on the GPU and on the CPU."""
+    """{device, texts, tokens} -> after how many of them nano goes on as on the CPU, for so many tokens."""
     texts = []
     for spec, device in ((f"cuda:{NANO}", job["device"]), (f"torch:{NANO}", None)):
         subject = open_subject(spec)
         tokenizer = subject.tokenizer()
         options = SessionOptions(context=subject.context, device=device)
         with contextlib.closing(subject.open_session(options)) as session:
-            texts.append([_greedy(session, tokenizer.encode(p, bos=True)) for p in _problems(job["texts"])])
+            prompts = [tokenizer.encode(p, bos=True) for p in _problems(job["texts"])]
+            texts.append([_greedy(session, prompt, job["tokens"]) for prompt in prompts])
     pairs = list(zip(*texts, strict=True))
     same = sum(ours == theirs for ours, theirs in pairs)
     firsts = [_first_difference(ours, theirs) for ours, theirs in pairs if ours != theirs]
     return {
         "prompts": len(pairs),
-        "tokens": _GREEDY_TOKENS,
+        "tokens": job["tokens"],
         "equal": same,
         "passed": same == len(pairs),
         "first_differences": firsts,
@@ -121,11 +136,6 @@ def kernels_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> di
     }
 
 
-def _length(user: int) -> int:
-    """Conversations of different lengths, the first the longest."""
-    return _PROMPT + _STEPS - 37 * user
-
-
 @contextlib.contextmanager
 def _checkpoint(which: str, seed: int) -> Iterator[Checkpoint]:
     """The embedded model, or a random one that is gone afterwards."""
@@ -140,11 +150,21 @@ def _checkpoint(which: str, seed: int) -> Iterator[Checkpoint]:
 
 
 def _random_weights(config: FoxConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Matrices that keep the size of what they multiply, norms about 1."""
+    """Weights under which every part of a layer matters, and none drowns the others, as in trained models.
+
+    Queries are twice as long as what they are made of, so that attention looks at some positions; what is
+    written to the residual stream is a quarter of it. Norms are about 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, shape in config.tensor_shapes().items():
         drawn = torch.randn(shape, generator=generator)
-        yield name, 1 + 0.1 * drawn if len(shape) == 1 else drawn * shape[1] ** -0.5
+        if len(shape) == 1:
+            yield name, 1 + 0.1 * drawn
+        elif name == EMBEDDING:
+            yield name, drawn
+        else:
+            part = name.split(".")[-2]
+            yield name, drawn * _SIZES.get(part, 1.0) * shape[1] ** -0.5
 
 
 def _reference(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> list[Logits]:
@@ -159,27 +179,39 @@ def _plain_bf16(checkpoint: Checkpoint, text: Sequence[int], due: Logits) -> flo
         return _relative([np.concatenate(list(session.score(text)))], [due])
 
 
-def _ways(
-    session: Session, texts: Sequence[list[int]]
-) -> Iterator[tuple[str, tuple[list[int], list[Logits]]]]:
+def _texts(checkpoint: Checkpoint, reading: Reading, seed: int) -> list[list[int]]:
+    """A text for each conversation, in tokens that the model knows what to do with."""
+    lengths = [reading.length(user) for user in range(reading.users)]
+    if checkpoint.name != NANO:
+        rng = np.random.default_rng(seed)
+        return [rng.integers(8, checkpoint.config.vocab_size, length).tolist() for length in lengths]
+    told = generate_problems(seed, 8 * reading.users)
+    tokenizer, texts = checkpoint.tokenizer(), []
+    for user, length in enumerate(lengths):
+        text = "".join(f"Question: {p.question}\nAnswer: {p.answer}\n\n" for p in told[user :: reading.users])
+        texts.append(tokenizer.encode(text, bos=True)[:length])
+    return texts
+
+
+def _ways(session: Session, texts: Sequence[list[int]], steps: int) -> Iterator[tuple[str, _Read]]:
     """Name -> whose texts were read, and the logits that came out: of all tokens or of the last ones."""
-    text, prompt = texts[0], texts[0][:-_STEPS]
+    text, prompt = texts[0], texts[0][:-steps]
     yield "all tokens of a prompt", ([0], [np.concatenate(list(session.score(text)))])
     session.reset()
-    rows = [session.prefill(prompt), *(session.step(token) for token in text[-_STEPS:])]
+    rows = [session.prefill(prompt), *(session.step(token) for token in text[-steps:])]
     yield "a prompt, then token by token", ([0], [np.stack(rows)])
     session.reset()
-    if isinstance(session, BatchingSession) and isinstance(session, SharingSession):
-        others = [session, *(session.another() for _ in range(_USERS - 1))]
-        yield f"{_USERS} conversations at once", (list(range(_USERS)), _together(others, texts))
-        for other in others[1:]:
-            other.close()
+    assert isinstance(session, BatchingSession)
+    others: list[Any] = [session, *(session.another() for _ in texts[1:])]
+    yield f"{len(texts)} conversations at once", (list(range(len(texts))), _together(others, texts, steps))
+    for other in others[1:]:
+        other.close()
 
 
-def _together(sessions: Sequence[Any], texts: Sequence[list[int]]) -> list[Logits]:
+def _together(sessions: Sequence[Any], texts: Sequence[list[int]], steps: int) -> list[Logits]:
     """Each reads its own text up to the last tokens alone, and these with the others."""
-    rows = [[session.prefill(text[:-_STEPS])] for session, text in zip(sessions, texts, strict=True)]
-    for n in range(-_STEPS, 0):
+    rows = [[session.prefill(text[:-steps])] for session, text in zip(sessions, texts, strict=True)]
+    for n in range(-steps, 0):
         step = sessions[0].step_many(sessions, [text[n] for text in texts])
         for made, logits in zip(rows, step, strict=True):
             made.append(logits)
@@ -187,23 +219,24 @@ def _together(sessions: Sequence[Any], texts: Sequence[list[int]]) -> list[Logit
 
 
 def _relative(found: Sequence[Logits], due: Sequence[Logits]) -> float:
-    """The largest relative error of any text's last rows; infinite where anything is no number."""
-    errors = []
+    """Of the last rows of all texts, the difference's length over that of what is due; inf for no numbers."""
+    wrong = whole = 0.0
     for ours, theirs in zip(found, due, strict=True):
         last = theirs[-len(ours) :].astype(np.float64)
         if ours.shape != last.shape or not np.isfinite(ours).all():
             return float("inf")
-        errors.append(float(np.linalg.norm(ours - last) / np.linalg.norm(last)))
-    return max(errors)
+        wrong += float(np.square(ours - last).sum())
+        whole += float(np.square(last).sum())
+    return float(np.sqrt(wrong / whole))
 
 
 def _problems(count: int) -> list[str]:
     return [f"Question: {problem.question}\nAnswer:" for problem in held_out(count)]
 
 
-def _greedy(session: Session, prompt: list[int]) -> list[int]:
+def _greedy(session: Session, prompt: list[int], count: int) -> list[int]:
     session.reset()
-    return list(generate(session, prompt, max_tokens=_GREEDY_TOKENS))
+    return list(generate(session, prompt, max_tokens=count))
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:

@@ -60,7 +60,9 @@ class Study:
     long_prompt: int = 4000
     paper: str = "paper"  # the workload whose memory is told
     users: Sequence[int] = USERS
-    texts: int = 6  # that must be answered as on the CPU
+    texts: tuple[int, int] = (6, 64)  # that must be answered as on the CPU, and tokens of each
+    read: tuple[int, int, int] = (300, 24, 5)  # tokens of a prompt, tokens one by one, conversations
+    rate_seconds: float = 2.0  # of each of the card's ceilings
     seconds: float = 6.0  # of passes, per measurement
     passes: tuple[int, int] | None = None
     peer_passes: int = 3
@@ -157,16 +159,25 @@ def run_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[s
 
 
 def _floors(s: Study) -> Iterator[Case]:
-    job = {"do": "floors", "device": s.device, "shape": s.shape, "sizes": list(s.buffers), "seconds": 2.0}
+    job = {
+        "do": "floors",
+        "device": s.device,
+        "shape": s.shape,
+        "sizes": list(s.buffers),
+        "seconds": s.rate_seconds,
+    }
     if s.products is not None:
         job["products"] = [list(size) for size in s.products]
-    yield Case("floors", "card", job | {"long_prompt": s.long_prompt})
+    yield Case("floors", "card", job)
 
 
 def _exact(s: Study) -> Iterator[Case]:
     for which in ("nano", "random"):
-        yield Case("exact", f"logits, {which}", {"do": "logits", "device": s.device, "checkpoint": which})
-    yield Case("exact", "greedy, nano", {"do": "greedy", "device": s.device, "texts": s.texts})
+        job = {"do": "logits", "device": s.device, "checkpoint": which, "read": list(s.read)}
+        yield Case("exact", f"logits, {which}", job)
+    texts, tokens = s.texts
+    job = {"do": "greedy", "device": s.device, "texts": texts, "tokens": tokens}
+    yield Case("exact", "greedy, nano", job)
 
 
 def _kernels(s: Study) -> Iterator[Case]:
