@@ -1,6 +1,5 @@
 """Answers by a scripted model, token by token, and by real ones with and without reuse of a prompt."""
 
-import numpy as np
 import pytest
 
 from benchmarks.accuracy.answer import answer_all
@@ -10,66 +9,8 @@ from fox_edge.errors import ContextOverflowError
 from runtimes.base import SessionOptions
 from runtimes.generate import generate
 from runtimes.torch import TorchSession
+from tests.benchmarks.accuracy.scripted import Scripted, Speller
 from tests.benchmarks.harness_data import gsm8k_row, rows, write_jsonl
-
-
-class Speller:
-    """A tokenizer of single characters; id 0 ends."""
-
-    stop_ids = frozenset({0})
-
-    def encode(self, text, bos=False, special=False):
-        return [1] * bos + [ord(c) for c in text]
-
-    def encode_chat(self, messages):
-        return self.encode("".join(m["content"] for m in messages), bos=True)
-
-    def stream(self):
-        class Stream:
-            def push(self, id):
-                return chr(id)
-
-            def flush(self):
-                return ""
-
-        return Stream()
-
-
-class Scripted:
-    """After a prompt, spells out what the script says for its last character; counts tokens run."""
-
-    vocab_size = 128
-
-    def __init__(self, script: dict[str, str], context: int = 200) -> None:
-        self.script, self.context = script, context
-        self.cache: list[int] = []
-        self.ran = 0
-
-    @property
-    def length(self):
-        return len(self.cache)
-
-    def prefill(self, tokens):
-        self.cache += tokens
-        self.ran += len(tokens)
-        said = self.script.get(chr(self.cache[-1]), "") + "\0"
-        self.said = iter(said)
-        return self._next()
-
-    def step(self, token):
-        self.cache.append(token)
-        return self._next()
-
-    def _next(self):
-        logits = np.zeros(128, np.float32)
-        logits[ord(next(self.said))] = 9
-        return logits
-
-    def truncate(self, length):
-        del self.cache[length:]
-
-    def reset(self):
-        self.cache.clear()
 
 
 def test_answers_end_at_a_stop_text_a_final_line_a_stop_token_or_the_limit():
