@@ -52,8 +52,8 @@ HOUSE = ROOT / "docs" / "house.md"
 
 def tree_paths(text: str) -> set[str]:
     """Paths of a page's file tree; two spaces of indent are one folder deeper."""
-    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
-    body = next(body for body in blocks if body.startswith("fox_edge/"))
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    body = next(body for language, body in blocks if not language and body.startswith("fox_edge/"))
     folders: list[str] = []
     paths = []
     for line in body.splitlines():
