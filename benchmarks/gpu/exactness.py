@@ -73,12 +73,11 @@ def logits_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> di
         session = open_subject(f"cuda:{checkpoint.path}").open_session(options)
         with contextlib.closing(session):
             found = dict(_ways(session, texts, reading.steps))
-        rows = [
-            {"way": way, "relative_error": _relative(logits, [reference[n] for n in users])}
-            for way, (users, logits) in found.items()
-        ]
+        errors = {
+            way: _relative(logits, [reference[n] for n in users]) for way, (users, logits) in found.items()
+        }
         plain = _plain_bf16(checkpoint, texts[0], reference[0])
-    worst = max(row["relative_error"] for row in rows)
+    worst = max(errors.values())
     return {
         "checkpoint": job["checkpoint"],
         "seed": seed,
@@ -86,7 +85,7 @@ def logits_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> di
         "limit": TOLERANCE,
         "passed": worst < TOLERANCE,
         "bf16_on_cpu_relative_error": plain,
-        "ways": rows,
+        "ways": [{"way": way, "relative_error": error} for way, error in errors.items()],
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.common.machine import versions
 from benchmarks.devices.card import card_state, describe_card, find_card
 from benchmarks.devices.card_rates import run_job as measure_rates
 from benchmarks.devices.compute import BF16, prompt_operations
@@ -52,7 +53,11 @@ def _torch(device: str) -> dict[str, Any]:
     """Versions that make the numbers, and what PyTorch says of the card."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton()}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": versions().get("triton"),
+    }
     if device.startswith("cuda"):
         about = torch.cuda.get_device_properties(device)
         found["capability"] = [about.major, about.minor]
@@ -60,11 +65,3 @@ def _torch(device: str) -> dict[str, Any]:
         found["memory_bytes"] = about.total_memory
         found["cache_bytes"] = getattr(about, "L2_cache_size", None)
     return found
-
-
-def _triton() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)

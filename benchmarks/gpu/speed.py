@@ -46,7 +46,7 @@ def speed_job(job: dict[str, Any], progress: Callable[[int, int], None]) -> dict
     load_s = time.perf_counter() - start
     sessions = open_users(session, users, subject.runtime)
     cold = time_wave(sessions, asked[0], min(_WARM_UP_TOKENS, work.decode_tokens))
-    meter, runs = CardEnergy(), []
+    meter, runs = CardEnergy(), list[dict[str, Any]]()
     least, most = job.get("passes", (LEAST_PASSES, MOST_PASSES))
     deadline = time.perf_counter() + job["seconds"]
     while len(runs) < least or (time.perf_counter() < deadline and len(runs) < most):

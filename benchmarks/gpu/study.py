@@ -165,6 +165,7 @@ def _floors(s: Study) -> Iterator[Case]:
         "shape": s.shape,
         "sizes": list(s.buffers),
         "seconds": s.rate_seconds,
+        "long_prompt": s.long_prompt,
     }
     if s.products is not None:
         job["products"] = [list(size) for size in s.products]
@@ -176,8 +177,8 @@ def _exact(s: Study) -> Iterator[Case]:
         job = {"do": "logits", "device": s.device, "checkpoint": which, "read": list(s.read)}
         yield Case("exact", f"logits, {which}", job)
     texts, tokens = s.texts
-    job = {"do": "greedy", "device": s.device, "texts": texts, "tokens": tokens}
-    yield Case("exact", "greedy, nano", job)
+    greedy = {"do": "greedy", "device": s.device, "texts": texts, "tokens": tokens}
+    yield Case("exact", "greedy, nano", greedy)
 
 
 def _kernels(s: Study) -> Iterator[Case]:
@@ -205,8 +206,8 @@ def _speed(s: Study, prefix: str, users: int = 1, **asked: Any) -> dict[str, Any
 def _decode(s: Study) -> Iterator[Case]:
     for name, prefix in (("bf16", "cuda:"), ("int8", "cuda-int8:"), ("int4", "cuda-int4:")):
         yield Case("decode", name, _speed(s, prefix))
-    paper = {"workload": s.paper, "prompt_tokens": None, "passes": [1, 2]}
-    yield Case("decode", "bf16, the paper's prompts", _speed(s, "cuda:", **paper))
+    paper = _speed(s, "cuda:", workload=s.paper, prompt_tokens=None, passes=[1, 2])
+    yield Case("decode", "bf16, the paper's prompts", paper)
 
 
 def _prompt(s: Study) -> Iterator[Case]:

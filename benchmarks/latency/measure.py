@@ -78,12 +78,12 @@ def measure_waves(
     cold = _warm_up(sessions, waves[0], decode_tokens, clock)
     passes: list[list[list[Turn]]] = []
     meter = EnergyMeter()
-    card_before = card and card.read()
+    card_before = None if card is None else card.read()
     before, deadline = meter.read(), clock() + MEASURE_S
     while not passes or (clock() < deadline and len(passes) < MAX_PASSES):
         passes.append([time_wave(sessions, wave, decode_tokens, clock) for wave in waves])
     joules = meter.joules(before, meter.read())
-    card_joules = card and card.joules(card_before, card.read())
+    card_joules = None if card is None else card.joules(card_before, card.read())
     timings = [timing(turns) for turns in passes]
     tokens = sum(len(t.stamps_s) for turns in passes for wave in turns for t in wave)
     return {
@@ -173,7 +173,7 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
     sessions = open_users(session, users, subject.runtime)
     card = None if own_peak_bytes() is None else CardEnergy()
     figures = measure_waves(sessions, job["waves"], job["decode_tokens"], card=card)
-    after, state = memory(), card and card_state()
+    after, state = memory(), None if card is None else card_state()
     if card is not None:
         card.close()
     for each in reversed(sessions):

@@ -78,8 +78,9 @@ def test_it_is_exact_here_too(rehearsed: tuple[dict[str, Any], str]) -> None:
     parts = rehearsed[0]["parts"]
     for name in ("logits, nano", "logits, random"):
         found = parts["exact"][name]
+        assert found["passed"] and 0 < found["relative_error"] < 1e-2
         # As near to float32 as the reference model in BF16 is.
-        assert 0 < found["relative_error"] < 1.5 * found["bf16_on_cpu_relative_error"] < 3e-2
+        assert found["relative_error"] < 1.5 * found["bf16_on_cpu_relative_error"]
         assert [row["way"] for row in found["ways"]] == [
             "all tokens of a prompt",
             "a prompt, then token by token",
