@@ -33,8 +33,8 @@ def started(PDL: tl.constexpr):
 def predecessors_done(PDL: tl.constexpr):
     """What earlier kernels wrote can be read from here on, and what they read be written.
 
-    Without PDL a barrier, which costs a lone warp nothing: it keeps the compiler from moving the loads of
-    weights, which come first because they take longest, behind the use of what comes after.
+    Without PDL a barrier, which costs next to nothing: it keeps the compiler from moving the loads of weights
+    behind the use of what comes after; they come first because they take longest.
     """
     if PDL:
         cuda.gdc_wait()
@@ -54,15 +54,12 @@ def columns_of(pointer, start, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_of(pointer, rows, start, C: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr = 0):
+def tile_of(pointer, rows, start, C: tl.constexpr, BLOCK: tl.constexpr):
     """Columns [start, start + BLOCK) of some rows of a matrix (N, C), as stored; zeros behind its end.
 
-    They are read once in a step, so they leave the cache to what is read again, the input. Each lane takes 16
-    bytes at a time, or RUN neighbours where that is said.
+    They are read once in a step, so they leave the cache to what is read again, the input.
     """
     columns = start + tl.arange(0, BLOCK)
-    if RUN > 0:
-        columns = tl.max_contiguous(columns, RUN)
     at = pointer + rows.to(tl.int64)[:, None] * C + columns[None, :]
     if C % BLOCK == 0:
         values = tl.load(at, eviction_policy="evict_first")
@@ -76,8 +73,8 @@ def nibble(words, exponent, PLACE: tl.constexpr):
     """128 + the integer of 4 bits at a place (0 to 7) of each word, float32.
 
     Its bits are put under the exponent of 128, where the last of them counts 1: a shift and a logical
-    operation, no conversion. `exponent`, the bits of 128.0, is an argument of the kernel, because the logical
-    operation is one instruction only if one of its two constants is in a register.
+    operation, no conversion. `exponent`, 128.0 as bits, is an argument of the kernel: only with one of its
+    two constants in a register is the logical operation one instruction.
     """
     SHIFT: tl.constexpr = 16 - 4 * PLACE
     if SHIFT > 0:

@@ -1,10 +1,10 @@
-"""Products for one or two conversations: each program is one warp, which multiplies a few rows by one input.
+"""Products for one or two conversations: each program multiplies a few rows by one input.
 
 The time is that of reading the matrix, so all of a chunk's weights are asked for before anything is computed:
-R rows of 2048 columns are R * 4 KB in BF16, R * 1 KB at 4 bits, in flight in every warp. A warp shares
-nothing with others and waits for none; and a row is always summed by 32 lanes in one order, whatever R is and
-whoever else asks, so that its bits depend on the row and the input alone. The second of two conversations
-reads the matrix from the cache: its program follows at once.
+8 rows of 2048 columns are 32 KB in BF16, 8 KB at 4 bits, in flight in every program. The warps of a program
+share the columns, and each lane sums in one order whatever the number of rows: a row's bits depend on the row
+and the input alone, not on rows beside it nor on who else asks. The second of two conversations reads the
+matrix from the cache: its program follows at once.
 
 RMSNorm needs the input's mean square, which every program finds for itself while it multiplies: the input is
 4 KB, in the cache. Its root is the same for all columns, so it is applied to the finished sum.
@@ -150,13 +150,9 @@ def chunk_of(
     words, scales, offsets, rows, start,
     C: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Words (R, W), scales and offsets (R, n) of a chunk of some rows.
-
-    A lane takes the words of 8 columns, since it has the inputs of 8 columns from one load of 16 bytes: wider
-    loads of words would send the inputs through shared memory, behind a barrier for each place of a word.
-    """
+    """Words (R, W), scales and offsets (R, n) of a chunk of some rows."""
     P: tl.constexpr = 32 // BITS
-    stored = tile_of(words, rows, start // P, C // P, BLOCK // P, 8 // P)
+    stored = tile_of(words, rows, start // P, C // P, BLOCK // P)
     s = tile_of(scales, rows, start // Q, C // Q, BLOCK // Q).to(tl.float32)
     o = s * -(1 << (BITS - 1))
     if OFFSETS:

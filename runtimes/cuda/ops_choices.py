@@ -17,16 +17,17 @@ from torch import Tensor
 
 from runtimes.cuda.ops_matrix import Dense, Matrix, Packed
 
-# Up to FEW conversations each has warps of its own (kernels_rows.py); a dense matrix for more than MANY is
+# Up to FEW conversations each has programs of its own (kernels_rows.py); a dense matrix for more than MANY is
 # cuBLAS's; all between is kernels_tiles.py's. By reasoning, not measured on a card: two conversations can
 # share what the L2 cache holds, which gives about twice the memory's rate; for many, cuBLAS knows the card.
 FEW, MANY = 2, 8
 
 
 class Rows(NamedTuple):
-    """kernels_rows.py: how many rows one warp takes; of a gate as many again."""
+    """kernels_rows.py: rows for a program, of a gate as many again, and warps that share the columns."""
 
     rows: int
+    warps: int = 1
     pdl: bool = False
 
 
@@ -111,10 +112,16 @@ def of_each_kind(name: str, matrix: Matrix, batch: int) -> list[Choice]:
 
 
 def _rows_candidates(name: str, matrix: Matrix) -> list[Rows]:
-    """Many rows in a warp share the input and keep loads in flight; few give a small matrix more warps."""
-    ways = (4, 8, 2) if isinstance(matrix, Packed) and matrix.bits == 4 else (4, 2, 8)
+    """8 rows first, of long rows 4; a gate's count twice.
+
+    Many rows in a program share the input and keep loads in flight; few give a small matrix more programs,
+    and each lane more registers. A warp for each 512 columns up to 4: more would wait for each other longer.
+    """
+    C = matrix.columns
+    most = 16 if C <= 2048 else 8
     half = 2 if name == "norm_gate_up" else 1
-    return [Rows(rows // half) for rows in ways]
+    warps = 1 << min(2, max(0, C // 512 - 1).bit_length())
+    return [Rows(rows // half, warps) for rows in (most // 2, most // 4, most)]
 
 
 def _tiles_candidates(name: str, matrix: Matrix, batch: int) -> list[Tiles]:

@@ -27,12 +27,12 @@ _ENDS = {
 }
 # The bits of 128.0 and 256.0 as float32; see `kernels.nibble`.
 _EXPONENTS = {4: 0x43000000, 8: 0x43800000}
-# Columns that one warp multiplies before it sums, and that the small kernels take at a time.
-_CHUNK, _PIECE = 2048, 1024
+# Columns that a program multiplies before it sums, and that the small kernels take at a time.
+_CHUNK, _PIECE = 4096, 1024
 # Positions of a tile of attention, splits weighed at a time, rows and columns that tl.dot takes at least.
 _POSITIONS, _TOGETHER, _LEAST = 64, 16, 16
 
-# Of each KV cache, by its address, batch and heads. Zeros at rest: a later cache at that address can take them.
+# Of each KV cache, by address, batch and heads. Zeros at rest: good for a later cache at that address too.
 _counters: dict[tuple[torch.device, int, int, int], Tensor] = {}
 
 
@@ -241,7 +241,7 @@ def _rows(
 ) -> None:
     """Launch kernels_rows.py; the results of `linear_add` go where the residual was."""
     B, C = x.shape
-    kind |= {"C": C, "R": choice.rows, "num_warps": 1}
+    kind |= {"C": C, "R": choice.rows, "num_warps": choice.warps}
     grid = (B * triton.cdiv(N, choice.rows),)
     if isinstance(matrix, Dense):
         kind["BLOCK"] = min(_CHUNK, _power(C))

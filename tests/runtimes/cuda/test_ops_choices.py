@@ -26,6 +26,15 @@ def test_the_kernel_follows_from_the_matrix_and_the_conversations():
     assert [ops_choices.padded(batch) for batch in (3, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]
 
 
+def test_warps_share_long_rows_and_rows_of_a_gate_count_twice():
+    def first(name, columns):
+        return ops_choices.candidates(name, Dense(torch.zeros(8, columns)), 1)[0]
+
+    found = [first("linear_add", columns) for columns in (96, 256, 512, 1024, 2048, 4096)]
+    assert [(way.rows, way.warps) for way in found] == [(8, 1), (8, 1), (8, 1), (8, 2), (8, 4), (4, 4)]
+    assert first("norm_gate_up", 2048) == Rows(4, 4)
+
+
 def test_ways_of_one_operation_are_of_one_kernel():
     for matrix in (DENSE, PACKED):
         for batch in (1, 2, 4, 16, 64):
