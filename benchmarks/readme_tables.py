@@ -276,10 +276,14 @@ def repeats_table(results: Mapping[str, Any]) -> str:
             f"{row['width_percent']:.1f}",
             f"{row['agreeing']} of {row['pairs']}",
             f"{row['agreeing_percent']:.1f}",
+            f"{row['not_told_apart_percent']:.1f}",
         ]
         for row in results["results"]
     ]
-    head = ("figure", "interval's typical width, %", "pairs of runs that agree", "%")
+    head = (
+        *("figure", "interval's typical width, %", "pairs of runs that agree", "%"),
+        "not told apart by compare, %",
+    )
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 

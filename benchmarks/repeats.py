@@ -4,13 +4,15 @@
 
 Every run is a `bench` of its own, with its own rounds, medians and intervals. Two runs agree on a figure when
 their intervals have a value in common; counted over all pairs of runs, so that a machine that was another one
-an hour later shows. On a quiet machine that should be so 19 times of 20.
+an hour later shows. On a quiet machine that should be so 19 times of 20. Beside it, what a user would be
+told: how many pairs `fox-edge compare` does not tell apart, which knows of the noise that both runs found.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from benchmarks.common.results import study_command, write_results
 from benchmarks.common.table import Column, render
 from benchmarks.latency.bench import REPEATS, bench
+from benchmarks.report.compare import SAME, compare_results
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 
@@ -40,25 +43,49 @@ def agreement(intervals: Sequence[Sequence[float]]) -> tuple[int, int]:
     return agreeing, len(pairs)
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def not_told_apart(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Of how many pairs of runs `fox-edge compare` says that they cannot be told apart, by figure."""
+    records = [{"conditions": run["conditions"], "rows": [_row(run)]} for run in runs]
+    counts = dict.fromkeys(FIGURES, 0)
+    for first, second in itertools.combinations(records, 2):
+        (found,) = compare_results(first, second)["results"]
+        for figure in found["figures"]:
+            if figure["figure"] in counts and figure["verdict"] == SAME:
+                counts[figure["figure"]] += 1
+    return counts
+
+
+def _row(run: dict[str, Any]) -> dict[str, Any]:
+    """A run as a row of `bench`."""
+    return {
+        "artifact": "it",
+        "runs": len(run[FIGURES[0]]["samples"]),
+        "interval": {figure: run[figure]["interval"] for figure in FIGURES},
+        **{figure: run[figure]["median"] for figure in FIGURES},
+    }
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per figure: the medians' range, the intervals' typical width, and how many pairs agree."""
-    found = []
+    found, alike = [], not_told_apart(runs)
     for figure in FIGURES:
-        intervals = [row["interval"][figure] for row in rows]
-        medians = sorted(row[figure] for row in rows)
+        intervals = [run[figure]["interval"] for run in runs]
+        medians = [run[figure]["median"] for run in runs]
         agreeing, pairs = agreement(intervals)
         widths = sorted(
-            100 * (high - low) / row[figure] for (low, high), row in zip(intervals, rows, strict=True)
+            100 * (high - low) / median for (low, high), median in zip(intervals, medians, strict=True)
         )
         found.append(
             {
                 "figure": figure,
-                "lowest": medians[0],
-                "highest": medians[-1],
+                "lowest": min(medians),
+                "highest": max(medians),
                 "width_percent": widths[len(widths) // 2],
                 "pairs": pairs,
                 "agreeing": agreeing,
                 "agreeing_percent": 100 * agreeing / pairs,
+                "not_told_apart": alike[figure],
+                "not_told_apart_percent": 100 * alike[figure] / pairs,
             }
         )
     return found
@@ -76,21 +103,22 @@ def repeats(spec: str, runs: int, **options: Any) -> dict[str, Any]:
             raise FoxEdgeError(f"run {n + 1}: {spec}: {row['error']}")
         results.append(result)
         say(f"run {n + 1} of {runs}: {row['decode_tokens_per_s']:,.1f} tok/s")
-    rows = [result["results"][0] for result in results]
-    kept = ("created", "conditions")
+    found = []
+    for result in results:
+        row = result["results"][0]
+        figures = {
+            f: {"median": row[f], "interval": row["interval"][f], "samples": row["samples"][f]}
+            for f in FIGURES
+        }
+        found.append({"created": result["created"], "conditions": result["conditions"], **figures})
+    noises = [run["conditions"]["noise_percent"] for run in found]
     return {
         "machine": results[0]["machine"],
         "settings": results[0]["settings"],
         "wanted_percent": WANTED_PERCENT,
-        "results": summarize(rows),
-        "runs": [
-            {key: result[key] for key in kept}
-            | {
-                f: {"median": row[f], "interval": row["interval"][f], "samples": row["samples"][f]}
-                for f in FIGURES
-            }
-            for result, row in zip(results, rows, strict=True)
-        ],
+        "noise_percent": statistics.median(noises) if None not in noises else None,
+        "results": summarize(found),
+        "runs": found,
     }
 
 
@@ -101,6 +129,7 @@ COLUMNS = (
     Column("interval's width", "width_percent", "{:.1f} %"),
     Column("pairs that agree", "pairs_agreeing"),
     Column("share", "agreeing_percent", "{:.1f} %"),
+    Column("not told apart", "not_told_apart_percent", "{:.1f} %"),
 )
 
 

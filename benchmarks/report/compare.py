@@ -1,8 +1,10 @@
 """Two results side by side: what got worse, what got better, what cannot be told apart.
 
 Takes what `bench --json`, `eval --json` or a report.json hold. A change is a regression or an improvement
-only when its 95 % interval leaves no change out, and when it is larger than a tolerance; speeds and memory of
-different machines or settings are shown and not judged. Knows figures and intervals; measures nothing.
+only when its 95 % interval leaves no change out, and when it is larger than a tolerance: for speeds and times
+on a noisy machine, than what the same work varied by there, since rounds of a few seconds do not see how such
+a machine drifts. Speeds and memory of different machines or settings are shown and not judged. Knows figures
+and intervals; measures nothing.
 """
 
 from __future__ import annotations
@@ -34,20 +36,21 @@ class _Figure:
     more_is_better: bool
     of: str  # 'machine', 'text' or 'artifact': what must be equal for a comparison to mean something
     exact: bool = False
+    timed: bool = False  # by a clock: other work on the machine shows in it
 
 
 _FIGURES = (
     _Figure("bytes", False, "artifact", exact=True),
-    _Figure("load_s", False, "machine"),
-    _Figure("time_to_first_token_s", False, "machine"),
-    _Figure("prompt_tokens_per_s", True, "machine"),
-    _Figure("decode_tokens_per_s", True, "machine"),
-    _Figure("total_tokens_per_s", True, "machine"),
-    _Figure("token_p95_s", False, "machine"),
-    _Figure("token_p99_s", False, "machine"),
+    _Figure("load_s", False, "machine", timed=True),
+    _Figure("time_to_first_token_s", False, "machine", timed=True),
+    _Figure("prompt_tokens_per_s", True, "machine", timed=True),
+    _Figure("decode_tokens_per_s", True, "machine", timed=True),
+    _Figure("total_tokens_per_s", True, "machine", timed=True),
+    _Figure("token_p95_s", False, "machine", timed=True),
+    _Figure("token_p99_s", False, "machine", timed=True),
     _Figure("peak_rss_bytes", False, "machine"),
     _Figure("anonymous_rss_bytes", False, "machine"),
-    _Figure("energy_joules_per_token", False, "machine"),
+    _Figure("energy_joules_per_token", False, "machine", timed=True),
     _Figure("mean_kl_nats", False, "text"),
     _Figure("top1_agreement_percent", True, "text"),
 )
@@ -66,21 +69,32 @@ def compare(before: Path, after: Path, *, tolerance_percent: float = TOLERANCE_P
     Raises FoxEdgeError for a file that is no result, and when the two have no artifact in common.
     """
     first, second = read_result(before), read_result(after)
-    warnings, comparable = _differences(first, second)
-    results = []
-    pairs, left, joined = _matched(first["rows"], second["rows"])
-    if not pairs:
+    if not _matched(first["rows"], second["rows"])[0]:
         names = [", ".join(str(r["artifact"]) for r in x["rows"]) or "nothing" for x in (first, second)]
         raise FoxEdgeError(f"no artifact is in both: {before} has {names[0]}; {after} has {names[1]}")
-    for old, new in pairs:
-        figures = list(_figures(old, new, comparable, tolerance_percent / 100))
-        results.append({"artifact": new["artifact"], "before_artifact": old["artifact"], "figures": figures})
-    verdicts = [f["verdict"] for r in results for f in r["figures"]]
     return {
         "schema": records.SCHEMA,
         "before": str(before),
         "after": str(after),
+        **compare_results(first, second, tolerance_percent=tolerance_percent),
+    }
+
+
+def compare_results(
+    first: Row, second: Row, *, tolerance_percent: float = TOLERANCE_PERCENT
+) -> dict[str, Any]:
+    """The same of two records with `rows`, without the files' names; rows without a counterpart are named."""
+    warnings, comparable = _differences(first, second)
+    noise = max(_noise(first), _noise(second))
+    results = []
+    pairs, left, joined = _matched(first["rows"], second["rows"])
+    for old, new in pairs:
+        figures = list(_figures(old, new, comparable, tolerance_percent / 100, noise))
+        results.append({"artifact": new["artifact"], "before_artifact": old["artifact"], "figures": figures})
+    verdicts = [f["verdict"] for r in results for f in r["figures"]]
+    return {
         "tolerance_percent": tolerance_percent,
+        "noise_percent": 100 * noise,
         "warnings": warnings + joined,
         "only_before": [r["artifact"] for r in left[0]],
         "only_after": [r["artifact"] for r in left[1]],
@@ -160,12 +174,19 @@ def _remarks(first: Row, second: Row) -> list[str]:
     ]
     if moved:
         said.append(f"other versions: {', '.join(moved)}")
-    noisy = [
-        word for word, x in (("before", first), ("after", second)) if (x.get("conditions") or {}).get("noisy")
-    ]
-    if noisy:
-        said.append(f"the machine was noisy: {' and '.join(noisy)}")
+    noises = [(word, _noise(x)) for word, x in (("before", first), ("after", second))]
+    if noisy := [f"{word} by {100 * noise:.0f} %" for word, noise in noises if noise]:
+        said.append(
+            f"the machine was noisy, the same work varied {' and '.join(noisy)}: speeds and times that "
+            "differ by less are not told apart"
+        )
     return said
+
+
+def _noise(result: Row) -> float:
+    """By what share slow passes through the same work fell behind fast ones; 0 on a quiet machine."""
+    conditions = result.get("conditions") or {}
+    return (conditions.get("noise_percent") or 0.0) / 100 if conditions.get("noisy") else 0.0
 
 
 def _differ(pair: Sequence[Row], key: str) -> bool:
@@ -218,7 +239,7 @@ def _last_name(row: Row) -> tuple[str, Any]:
 
 
 def _figures(
-    old: Row, new: Row, comparable: Mapping[str, bool], tolerance: float
+    old: Row, new: Row, comparable: Mapping[str, bool], tolerance: float, noise: float
 ) -> Iterator[dict[str, Any]]:
     broken = [bool(r.get("error")) for r in (old, new)]
     if any(broken):
@@ -231,14 +252,17 @@ def _figures(
         comparable = {**comparable, "text": False}
     for figure in _FIGURES:
         if old.get(figure.key) is not None and new.get(figure.key) is not None:
-            yield _judged(figure, old, new, comparable[figure.of], tolerance)
+            loud = noise if figure.timed else 0.0
+            yield _judged(figure, old, new, comparable[figure.of], tolerance, loud)
     for asked in old.get("tasks") or ():
         other = next((t for t in new.get("tasks") or () if t.get("task") == asked.get("task")), None)
         if other and asked.get("n") and other.get("n"):
             yield _accuracy(asked, other)
 
 
-def _judged(figure: _Figure, old: Row, new: Row, comparable: bool, tolerance: float) -> dict[str, Any]:
+def _judged(
+    figure: _Figure, old: Row, new: Row, comparable: bool, tolerance: float, noise: float
+) -> dict[str, Any]:
     """The ratio of one figure and what its interval says."""
     a, b = float(old[figure.key]), float(new[figure.key])
     between = (
@@ -248,7 +272,7 @@ def _judged(figure: _Figure, old: Row, new: Row, comparable: bool, tolerance: fl
     if not comparable:
         return result | {"verdict": UNJUDGED}
     apart = (a != b) if figure.exact else between is not None and not between[0] <= 1 <= between[1]
-    if apart and abs(b - a) > tolerance * abs(a):
+    if apart and abs(b - a) > tolerance * abs(a) and min(a, b) < (1 - noise) * max(a, b):
         result["verdict"] = BETTER if (b > a) == figure.more_is_better else WORSE
     return result
 

@@ -66,16 +66,21 @@ def test_intervals_agree_when_they_touch():
 
 
 def test_a_summary_by_hand():
-    def row(middle, half):
-        interval = [middle - half, middle + half]
-        return {**dict.fromkeys(repeats.FIGURES, middle), "interval": {f: interval for f in repeats.FIGURES}}
+    def run(middle, half, noise):
+        figure = {"median": middle, "interval": [middle - half, middle + half], "samples": [middle] * 3}
+        conditions = {"noisy": noise > 10, "noise_percent": noise}
+        return {"conditions": conditions, **dict.fromkeys(repeats.FIGURES, figure)}
 
-    line = repeats.summarize([row(100, 2), row(103, 2), row(110, 1)])[0]
+    line = repeats.summarize([run(100, 2, 5), run(103, 2, 3), run(110, 1, 9)])[0]
     assert line["figure"] == "decode_tokens_per_s"
     assert (line["lowest"], line["highest"]) == (100, 110)
     assert (line["agreeing"], line["pairs"]) == (1, 3)
     assert line["agreeing_percent"] == pytest.approx(100 / 3)
     assert line["width_percent"] == pytest.approx(100 * 4 / 103)
+    assert line["not_told_apart"] == 1
+    # A run that found its machine noisy is not told from one that differs by less: 110 from 103, not 100.
+    found = repeats.summarize([run(100, 2, 5), run(103, 2, 8), run(110, 1, 8.9), run(120, 1, 12)])
+    assert [line["not_told_apart"] for line in found] == [2, 2, 2, 2, 2, 1]  # memory is never noisy
 
 
 def test_two_runs_are_compared(checkpoint, known_machine, monkeypatch):
