@@ -62,6 +62,11 @@ class Inputs:
         if self._pinned:
             self._there.copy_(self._host, non_blocking=True)
 
+    def advance(self, best: Tensor) -> None:
+        """Make of a batch of one row the batch after it, on the device alone: `best` (B,) has its token."""
+        self.tokens[:1].copy_(best[:1].clamp(min=0))  # -1, of logits that are no numbers, is no token
+        self.positions[:1].add_(1)
+
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self._size
         small = buffer[8 * n :].view(torch.int32)
@@ -104,6 +109,20 @@ class Decoder:
         if size not in self._inputs:
             self._inputs[size] = Inputs(size, self._device)
         self._inputs[size].fill(slots, positions, tokens, self._slots.scratch)
+        return self._run(size)
+
+    @torch.inference_mode()
+    def run_on(self, outcome: Outcome) -> Outcome:
+        """Append the likeliest token, before the host has seen it, to the one row that was just run.
+
+        `outcome` is its own, and on a GPU the result lies where it lay. There must be room in its slot.
+        """
+        size = len(outcome.best)
+        self._inputs[size].advance(outcome.best)
+        return self._run(size)
+
+    def _run(self, size: int) -> Outcome:
+        """A step of the batch that lies in its place."""
         if self._device.type != "cuda":
             return self._step(self._inputs[size])
         if size not in self._graphs:

@@ -18,7 +18,7 @@ from fox_edge.model import rotary_tables
 from fox_edge.progress import Progress
 from runtimes.base import Logits
 from runtimes.cuda import choose
-from runtimes.cuda.decoder import SIZES, Decoder, likeliest
+from runtimes.cuda.decoder import SIZES, Decoder, Outcome, likeliest
 from runtimes.cuda.need import SCORE_ROWS
 from runtimes.cuda.prompts import Prompts
 from runtimes.cuda.slots import Slots
@@ -39,8 +39,22 @@ class Row(NamedTuple):
     choice: Choice | None
 
 
+class _Ahead(NamedTuple):
+    """A step that was begun before anybody asked for it, and what it will leave."""
+
+    slot: int
+    position: int
+    token: int
+    outcome: Outcome
+
+
 class Model:
-    """Weights and KV cache on one device. `fixed`: rows of every batch."""
+    """Weights and KV cache on one device. `fixed`: rows of every batch.
+
+    While the host looks at a token that one conversation chose greedily, a GPU runs it already: mostly it is
+    what is asked for next. Whatever else is done with a slot makes that step void; what it wrote lies behind
+    the end of the conversation, and is overwritten.
+    """
 
     def __init__(
         self,
@@ -61,10 +75,15 @@ class Model:
         self._decoder = Decoder(self.config, self.weights, self.slots, cos, sin, fixed)
         self._prompts = Prompts(self.config, self.weights, self.slots, cos, sin)
         self._fetch = Fetch(device)
+        self.looks_ahead = device.type == "cuda"
+        self._ahead: _Ahead | None = None
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Logits | int]:
         """Append a token to each of several slots; logits or the token chosen, for each."""
+        if len(rows) == 1:
+            return [self._lone_step(rows[0])]
+        self._ahead = None
         found: list[Logits | int] = []
         for first in range(0, len(rows), SIZES[-1]):
             part = rows[first : first + SIZES[-1]]
@@ -73,9 +92,32 @@ class Model:
             found += self._results(outcome.logits[: len(part)], outcome.best[: len(part)], choices)
         return found
 
+    def _lone_step(self, row: Row) -> Logits | int:
+        """A step of one conversation, which may have been begun; the next one is, where it can be known."""
+        slot, position, token, choice = row
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:3] == (slot, position, token):
+            outcome = ahead.outcome
+        else:
+            outcome = self._decoder.run((slot,), (position,), (token,))
+        goes_on = self.looks_ahead and choice is not None and choose.is_greedy(choice)
+        if not goes_on or position + 1 == self.slots.positions:
+            return self._results(outcome.logits[:1], outcome.best[:1], (choice,))[0]
+        self._fetch.start_tokens(outcome.best[:1])
+        following = self._decoder.run_on(outcome)
+        (chosen,) = self._fetch.tokens(1)
+        self._ahead = _Ahead(slot, position + 1, chosen, following)
+        return chosen
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of one slot to another."""
+        self._ahead = None
+        self.slots.copy(source, target, length)
+
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], slot: int, past: int, choice: Choice | None) -> Logits | int:
         """Append tokens to a slot that holds `past`; logits, or the token chosen, after the last."""
+        self._ahead = None
         last: Tensor | None = None
         for hidden in self._prompts.run(tokens, slot, past):
             last = hidden[-1:]
@@ -85,6 +127,7 @@ class Model:
 
     def score(self, tokens: Sequence[int], slot: int, past: int) -> Iterator[tuple[int, Tensor]]:
         """Append tokens chunk by chunk: how many of them are in the slot now, and their hidden states."""
+        self._ahead = None
         done = 0
         for hidden in self._prompts.run(tokens, slot, past):
             done += len(hidden)
@@ -107,7 +150,8 @@ class Model:
             tokens[at] = choose.choose(rows, some)
         # Rows go to the host behind the tokens, and one wait is for both.
         kept = self._fetch.start_rows(logits[choose.integers(wanted, self.device)]) if wanted else None
-        found: list[Logits | int] = list(self._fetch.tokens(tokens))
+        self._fetch.start_tokens(tokens)
+        found: list[Logits | int] = list(self._fetch.tokens(len(tokens)))
         if drawn:
             chosen = choose.finish([int(found[i]) for i in drawn], rows, some)
             for i, token in zip(drawn, chosen, strict=True):
@@ -127,12 +171,15 @@ class Fetch:
         self._rows = torch.empty(0)
         self._done = torch.cuda.Event() if self._on_gpu else None
 
-    def tokens(self, ids: Tensor) -> list[int]:
-        """Token ids (n,): when they are here, so is everything that was started before."""
-        here = self._ids[: len(ids)]
-        here.copy_(ids, non_blocking=True)
+    def start_tokens(self, ids: Tensor) -> None:
+        """Token ids (n,) begin their way; what is done afterwards on the device does not hold them up."""
+        self._ids[: len(ids)].copy_(ids, non_blocking=True)
+        self._mark()
+
+    def tokens(self, count: int) -> list[int]:
+        """So many of them: when they are here, so is everything that was started before them."""
         self._wait()
-        return [int(token) for token in here.tolist()]
+        return [int(token) for token in self._ids[:count].tolist()]
 
     def start_rows(self, logits: Tensor) -> Tensor:
         """Logits (n, V): a tensor that holds them once something else was waited for, until the next call."""
@@ -146,10 +193,14 @@ class Fetch:
     def rows(self, logits: Tensor) -> Logits:
         """Logits (n, V), copied."""
         here = self.start_rows(logits)
+        self._mark()
         self._wait()
         return here.numpy().copy()
 
-    def _wait(self) -> None:
+    def _mark(self) -> None:
         if self._done is not None:
             self._done.record()
+
+    def _wait(self) -> None:
+        if self._done is not None:
             self._done.synchronize()

@@ -9,7 +9,7 @@ Shapes: T new tokens, C hidden size, H query heads, K key/value heads, D head si
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,9 @@ class Prompts:
         self._dtype, self._device = slots.keys.dtype, slots.keys.device
         self._scratch = torch.empty(weights.largest(), dtype=self._dtype, device=self._device)
 
-    def run(self, tokens: list[int], slot: int, past: int) -> Iterator[Tensor]:
+    def run(self, tokens: Sequence[int], slot: int, past: int) -> Iterator[Tensor]:
         """Append tokens to a slot that holds `past`: hidden states (n, C) of each chunk, not normed."""
-        ids = torch.tensor(tokens, dtype=torch.int64).to(self._device)
+        ids = torch.tensor(list(tokens), dtype=torch.int64).to(self._device)
         step = chunk_of(self._device)
         for first in range(0, len(tokens), step):
             yield self._chunk(ids[first : first + step], slot, past + first)

@@ -61,7 +61,7 @@ class CudaSession:
         options = options or SessionOptions()
         self._model: Model | None = model or self._open(source, options, dtype)
         self._opened = (source, options, dtype)
-        self.context = self._model.slots.keys.shape[3]
+        self.context = self._model.slots.positions
         self.vocab_size = self._model.config.vocab_size
         self.prefill_chunk = _CUDA_PART if self._model.device.type == CUDA else _CPU_PART
         self._slot, self._length = self._model.slots.take(), 0
@@ -162,7 +162,7 @@ class CudaSession:
         assert isinstance(source, CudaSession) and source is not self and source._loaded() is model
         if source.length < length:
             raise FoxEdgeError(f"{length} tokens cannot be copied from a conversation of {source.length}")
-        model.slots.copy(source._slot, self._slot, length)
+        model.copy(source._slot, self._slot, length)
         self._length = length
 
     def close(self) -> None:
@@ -211,7 +211,7 @@ class CudaSession:
             return self.step_many((self,), tokens, (choice,))[0]
         model = self._loaded()
         check_tokens(self, tokens)
-        found = model.prefill(list(tokens), self._slot, self._length, choice)
+        found = model.prefill(tokens, self._slot, self._length, choice)
         self._length += len(tokens)
         return found
 

@@ -32,7 +32,7 @@ class Slots:
         # Zeros: what is masked out must be a number, wherever a kernel reads it.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.count, self.scratch = count, slots - 1
+        self.count, self.positions, self.scratch = count, positions, slots - 1
         self._free = set(range(count))
 
     def take(self) -> int:

@@ -107,7 +107,7 @@ class RoundedSource(CheckpointSource):
     def pieces(self, tensor: str, device: torch.device) -> Iterator[Piece]:
         """Pieces of the mapped file, rounded where they are going to lie."""
         kind, factors = self._types[tensor], self.factors(tensor)
-        for start, rows in super().pieces(tensor, device):
+        for start, rows in self._checkpoint.pieces(tensor):
             step = max(1, PIECE_WEIGHTS // rows.shape[1])
             for first in range(0, len(rows), step):
                 part = rows[first : first + step]

@@ -104,17 +104,6 @@ def test_two_users_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_questions_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "eval",
-        "cuda:nano",
-        "--task",
-        "word-problems",
-        "--limit",
-        "2",
-        "--batch",
-        "2",
-        *ON_CPU,
-        "--json",
-    ]
+    asked = ["--task", "word-problems", "--limit", "2", "--batch", "2"]
     found = json.loads(said(["eval", "cuda:nano", *asked, *ON_CPU, "--json"], capsys))
     assert found["results"][0]["n"] == 2

@@ -268,3 +268,75 @@ def test_greedy_text_is_the_reference_s(nano: Checkpoint, dtype: torch.dtype, qu
     want = list(generate(TorchSession(nano, options, dtype), prompt, max_tokens=64))
     assert len(want) == 64
     assert list(generate(CudaSession(nano, options, dtype), prompt, max_tokens=64)) == want
+
+
+# --- steps begun before they are asked for -----------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[CudaSession, list[str]]]:
+    """A session that looks ahead, as on a GPU, and the names of the steps that its decoder runs."""
+    session = CudaSession(tiny, OPTIONS, torch.float32)
+    model, steps = session._loaded(), list[str]()
+    model.looks_ahead = True
+    decoder = model._decoder
+    for name in ("run", "run_on"):
+        real = getattr(decoder, name)
+        monkeypatch.setattr(decoder, name, lambda *a, name=name, real=real: steps.append(name) or real(*a))
+    yield session, steps
+    session.close()
+
+
+def test_looking_ahead_changes_no_text(ahead: tuple[CudaSession, list[str]], tiny: Checkpoint) -> None:
+    session, steps = ahead
+    plain = CudaSession(tiny, OPTIONS, torch.float32)
+    want = list(generate(plain, IDS[:30], max_tokens=20))
+    assert list(generate(session, IDS[:30], max_tokens=20)) == want
+    # The first of 19 steps is asked for, all others are there already, and one too many.
+    assert steps == ["run"] + 19 * ["run_on"]
+    session.truncate(30)
+    plain.truncate(30)
+    assert np.array_equal(session.step(9), plain.step(9))  # what was begun lies behind the end
+
+
+def test_a_step_that_was_begun_is_void_after_anything_else(
+    ahead: tuple[CudaSession, list[str]], tiny: Checkpoint
+) -> None:
+    session, _ = ahead
+    other, plain = session.another(), CudaSession(tiny, OPTIONS, torch.float32)
+    plain.prefill([*IDS[40:59], IDS[19], 7])
+    other.prefill(IDS[40:59])
+    for change in (
+        lambda: session.prefill([*IDS[40:59], IDS[19]]),
+        lambda: (session.copy_prefix(other, 19), session.step(IDS[19])),
+        lambda: list(session.score([*IDS[40:59], IDS[19]])),
+    ):
+        session.reset()
+        session.prefill(IDS[:19])
+        token = session.step_many((session,), (IDS[19],), (Choice(),))[0]
+        assert isinstance(token, int) and session.length == 20
+        session.reset()
+        change()
+        assert session.length == 20
+        plain.truncate(20)
+        assert relative(session.step(token), plain.step(token)) < 1e-5
+    other.close()
+
+
+def test_the_end_of_the_context_is_not_passed(tiny: Checkpoint) -> None:
+    session = CudaSession(tiny, SessionOptions(device="cpu", context=12), torch.float32)
+    session._loaded().looks_ahead = True
+    answer = generate(session, IDS[:8], max_tokens=50)
+    assert len(list(answer)) == 5 and answer.finish_reason == "context"
+
+
+def test_every_choice_may_follow_a_greedy_one(ahead: tuple[CudaSession, list[str]], tiny: Checkpoint) -> None:
+    session, steps = ahead
+    plain = CudaSession(tiny, OPTIONS, torch.float32)
+    for one in (session, plain):
+        one.prefill(IDS[:10])
+    token = session.step_many((session,), (IDS[10],), (Choice(),))[0]
+    assert plain.step_many((plain,), (IDS[10],), (Choice(),)) == [token]
+    assert isinstance(token, int)
+    rows = [one.step(token) for one in (session, plain)]
+    assert steps == ["run", "run_on"] and np.array_equal(*rows)
