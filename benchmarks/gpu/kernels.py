@@ -104,9 +104,25 @@ def _checked(name: str, setting: Setting, form: str, users: int) -> dict[str, An
     copies = min(_MOST_COPIES, max(1, _COLD_BYTES // max(1, call.seen)))
     calls = [call, *(make(setting, FORMS[form], users) for _ in range(copies - 1))]
     if name in _TUNED:
-        ops.tune(name, [one.matrix for one in calls if one.matrix is not None], users, setting.dtype)
+        row |= _tuned(name, [one.matrix for one in calls if one.matrix is not None], users, setting)
     seconds = _seconds(calls, setting)
     return {**row, "seconds": seconds, "bytes_per_s": call.seen / seconds}
+
+
+def _tuned(name: str, matrices: Sequence[Matrix], users: int, setting: Setting) -> dict[str, Any]:
+    """What was found quickest, and the seconds by each kernel that could do it; nothing without a card."""
+    ops.tune(name, matrices, users, setting.dtype)
+    if not setting.device.startswith("cuda"):
+        return {}
+    from runtimes.cuda import ops_choices, ops_triton
+
+    chosen = str(ops_choices.choice_of(name, matrices[0], users))
+    try:
+        found = ops_triton.times(name, matrices, users, setting.dtype)
+    except Exception as error:
+        # The kernel in use works; one of the others may not fit the card, and compilers raise what they like.
+        return {"way": chosen, "ways_failed": f"{type(error).__name__}: {error}"[:300]}
+    return {"way": chosen, "ways_s": {str(way): seconds for way, seconds in found.items()}}
 
 
 def relative_error(found: Tensor, due: Tensor) -> float:

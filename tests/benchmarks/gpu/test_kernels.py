@@ -128,3 +128,26 @@ def test_on_a_card_all_calls_are_one_graph_that_is_replayed(
     assert kernels._seconds([call, call], card) == pytest.approx(0.005)
     # Each once to warm up and once to be captured; then replays alone.
     assert done == ["wait", "run", "run", "wait", "run", "run", *["replay"] * 7]
+
+
+def test_on_a_card_the_ways_to_run_a_product_are_told(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtimes.cuda import ops_choices, ops_triton
+
+    matrix, _ = make_matrix(setting, FORMS["int4, blocks of 128"], 64, 256)
+    first = ops_choices.candidates("head", matrix, 1)[0]
+    asked: list[int] = []
+    monkeypatch.setattr(ops, "tune", lambda name, matrices, users, dtype: asked.append(users))
+    monkeypatch.setattr(ops_triton, "times", lambda *_: {first: 2e-6})
+    card = Setting(SMALL, "cuda", 1.0, setting.generator)
+    told = kernels._tuned("head", [matrix], 1, card)
+    assert told == {"way": str(first), "ways_s": {str(first): 2e-6}} and asked == [1]
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setattr(ops_triton, "times", fails)
+    told = kernels._tuned("head", [matrix], 1, card)
+    assert told["ways_failed"] == "RuntimeError: out of resources: shared memory"
+    assert kernels._tuned("head", [matrix], 1, setting) == {}  # on the CPU
