@@ -62,10 +62,10 @@ class Inputs:
         if self._pinned:
             self._there.copy_(self._host, non_blocking=True)
 
-    def advance(self, best: Tensor) -> None:
-        """Make of a batch of one row the batch after it, on the device alone: `best` (B,) has its token."""
-        self.tokens[:1].copy_(best[:1].clamp(min=0))  # -1, of logits that are no numbers, is no token
-        self.positions[:1].add_(1)
+    def advance(self, best: Tensor, rows: int) -> None:
+        """Make of a batch the one after it, on the device alone: `best` (B,) follow in its first rows."""
+        self.tokens[:rows].copy_(best[:rows].clamp(min=0))  # -1, of logits that are no numbers, is no token
+        self.positions[:rows].add_(1)
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self._size
@@ -112,13 +112,13 @@ class Decoder:
         return self._run(size)
 
     @torch.inference_mode()
-    def run_on(self, outcome: Outcome) -> Outcome:
-        """Append the likeliest token, before the host has seen it, to the one row that was just run.
+    def run_on(self, outcome: Outcome, rows: int) -> Outcome:
+        """Append the likeliest tokens, before the host has seen them, to the rows that were just run.
 
-        `outcome` is its own, and on a GPU the result lies where it lay. There must be room in its slot.
+        `outcome` is theirs, and on a GPU the result lies where it lay. There must be room in their slots.
         """
         size = len(outcome.best)
-        self._inputs[size].advance(outcome.best)
+        self._inputs[size].advance(outcome.best, rows)
         return self._run(size)
 
     def _run(self, size: int) -> Outcome:

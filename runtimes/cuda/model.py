@@ -26,6 +26,10 @@ from runtimes.cuda.sources import Source
 from runtimes.cuda.weights import load
 from runtimes.sampling import Choice
 
+# Steps without a newcomer, after which those of several conversations are begun before they are asked for:
+# each newcomer makes one of them void, so at most one in so many is.
+CALM_STEPS = 16
+
 
 class Row(NamedTuple):
     """One conversation's part in a step: `token` goes to `position` of `slot`.
@@ -40,20 +44,24 @@ class Row(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    """A step that was begun before anybody asked for it, and what it will leave."""
+    """A step that was begun before anybody asked for it: its rows, and what it will leave."""
 
-    slot: int
-    position: int
-    token: int
+    rows: tuple[tuple[int, int, int], ...]  # slot, position, token
     outcome: Outcome
+
+    def places(self, rows: Sequence[Row]) -> list[int] | None:
+        """Where those rows are among its own; None where it has not all of them."""
+        at = {row: place for place, row in enumerate(self.rows)}
+        found = [at.get(row[:3]) for row in rows]
+        return None if None in found else [place for place in found if place is not None]
 
 
 class Model:
     """Weights and KV cache on one device. `fixed`: rows of every batch.
 
-    While the host looks at a token that one conversation chose greedily, a GPU runs it already: mostly it is
-    what is asked for next. Whatever else is done with a slot makes that step void; what it wrote lies behind
-    the end of the conversation, and is overwritten.
+    While the host looks at tokens that were chosen greedily, a GPU runs them already: mostly they are what is
+    asked for next. Of several conversations, only once for some steps nobody came: a new one, like whatever
+    else is done with a slot, makes the step void. What it wrote lies behind the end of each conversation.
     """
 
     def __init__(
@@ -77,47 +85,66 @@ class Model:
         self._fetch = Fetch(device)
         self.looks_ahead = device.type == "cuda"
         self._ahead: _Ahead | None = None
+        self._stepping: set[int] = set()  # the slots of the last step
+        self._calm = 0  # steps since one had a slot that the step before it had not
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Logits | int]:
         """Append a token to each of several slots; logits or the token chosen, for each."""
-        if len(rows) == 1:
-            return [self._lone_step(rows[0])]
-        self._ahead = None
         found: list[Logits | int] = []
         for first in range(0, len(rows), SIZES[-1]):
-            part = rows[first : first + SIZES[-1]]
-            slots, positions, tokens, choices = zip(*part, strict=True)
-            outcome = self._decoder.run(slots, positions, tokens)
-            found += self._results(outcome.logits[: len(part)], outcome.best[: len(part)], choices)
+            found += self._step(rows[first : first + SIZES[-1]])
         return found
 
-    def _lone_step(self, row: Row) -> Logits | int:
-        """A step of one conversation, which may have been begun; the next one is, where it can be known."""
-        slot, position, token, choice = row
+    def _step(self, rows: Sequence[Row]) -> list[Logits | int]:
+        """A step of at most one batch, which may have been begun; the next one is, where it can be known."""
+        slots, positions, tokens, choices = zip(*rows, strict=True)
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[:3] == (slot, position, token):
-            outcome = ahead.outcome
+        places = None if ahead is None else ahead.places(rows)
+        if ahead is None or places is None:
+            outcome, at, is_whole = self._decoder.run(slots, positions, tokens), slice(len(rows)), True
         else:
-            outcome = self._decoder.run((slot,), (position,), (token,))
-        goes_on = self.looks_ahead and choice is not None and choose.is_greedy(choice)
-        if not goes_on or position + 1 == self.slots.positions:
-            return self._results(outcome.logits[:1], outcome.best[:1], (choice,))[0]
-        self._fetch.start_tokens(outcome.best[:1])
-        following = self._decoder.run_on(outcome)
-        (chosen,) = self._fetch.tokens(1)
-        self._ahead = _Ahead(slot, position + 1, chosen, following)
-        return chosen
+            outcome, is_whole = ahead.outcome, places == list(range(len(ahead.rows)))
+            at = slice(len(rows)) if is_whole else choose.integers(places, self.device)
+        self._calm = self._calm + 1 if self._stepping.issuperset(slots) else 0
+        self._stepping = set(slots)
+        if is_whole and self._is_known(positions, choices):
+            return self._go_on(outcome, slots, positions)
+        return self._results(outcome.logits[at], outcome.best[at], choices)
+
+    def _is_known(self, positions: Sequence[int], choices: Sequence[Choice | None]) -> bool:
+        """Whether what follows a step can be begun: chosen greedily, with room, and mostly not in vain."""
+        return (
+            self.looks_ahead
+            and (len(positions) == 1 or self._calm >= CALM_STEPS)
+            and max(positions) + 1 < self.slots.positions
+            and all(choice is not None and choose.is_greedy(choice) for choice in choices)
+        )
+
+    def _go_on(self, outcome: Outcome, slots: Sequence[int], positions: Sequence[int]) -> list[Logits | int]:
+        """The likeliest tokens of a step, the one after which is begun before the host has them."""
+        count = len(slots)
+        self._fetch.start_tokens(outcome.best[:count])
+        following = self._decoder.run_on(outcome, count)
+        tokens = self._fetch.tokens(count)
+        next_ones = zip(slots, (position + 1 for position in positions), tokens, strict=True)
+        self._ahead = _Ahead(tuple(next_ones), following)
+        return list(tokens)
+
+    def _make_void(self) -> None:
+        """Forget a step that was begun: something else is done now."""
+        if self._ahead is not None:
+            self._ahead, self._calm = None, 0
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of one slot to another."""
-        self._ahead = None
+        self._make_void()
         self.slots.copy(source, target, length)
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], slot: int, past: int, choice: Choice | None) -> Logits | int:
         """Append tokens to a slot that holds `past`; logits, or the token chosen, after the last."""
-        self._ahead = None
+        self._make_void()
         last: Tensor | None = None
         for hidden in self._prompts.run(tokens, slot, past):
             last = hidden[-1:]
@@ -127,7 +154,7 @@ class Model:
 
     def score(self, tokens: Sequence[int], slot: int, past: int) -> Iterator[tuple[int, Tensor]]:
         """Append tokens chunk by chunk: how many of them are in the slot now, and their hidden states."""
-        self._ahead = None
+        self._make_void()
         done = 0
         for hidden in self._prompts.run(tokens, slot, past):
             done += len(hidden)

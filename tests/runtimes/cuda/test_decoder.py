@@ -124,9 +124,9 @@ def test_a_batch_is_filled_up_with_rows_that_write_aside() -> None:
     assert inputs.slots.tolist() == [2, 0, 5, 5] and inputs.slots.dtype == torch.int32
     assert inputs.positions.tolist() == [7, 9, 0, 0] and inputs.positions.dtype == torch.int32
     inputs.fill([1], [3], [8], spare=5)
-    inputs.advance(torch.tensor([77, 1, 1, 1]))
+    inputs.advance(torch.tensor([77, 1, 1, 1]), 1)
     assert (inputs.tokens.tolist(), inputs.positions.tolist()) == ([77, 0, 0, 0], [4, 0, 0, 0])
-    inputs.advance(torch.tensor([-1, 1, 1, 1]))
+    inputs.advance(torch.tensor([-1, 1, 1, 1]), 1)
     assert inputs.tokens.tolist()[0] == 0
 
 

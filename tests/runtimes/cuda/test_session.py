@@ -11,7 +11,7 @@ import torch
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from runtimes.base import SCORE_CHUNK, BatchingSession, Logits, SessionOptions
-from runtimes.cuda import prompts
+from runtimes.cuda import model, prompts
 from runtimes.cuda.session import CudaSession
 from runtimes.generate import generate
 from runtimes.sampling import Choice, Sampling, choose
@@ -340,3 +340,53 @@ def test_every_choice_may_follow_a_greedy_one(ahead: tuple[CudaSession, list[str
     assert isinstance(token, int)
     rows = [one.step(token) for one in (session, plain)]
     assert steps == ["run", "run_on"] and np.array_equal(*rows)
+
+
+def answers(conversations: list[CudaSession], steps: int, leaving: dict[int, int]) -> list[list[int]]:
+    """Greedy tokens of conversations that step together; `leaving`: place -> the step it does not take."""
+    begins = [IDS[10 * n : 10 * n + 20 + n] for n in range(len(conversations))]
+    found = [[one.prefill_choose(ids, Choice())] for one, ids in zip(conversations, begins, strict=True)]
+    for step in range(steps):
+        here = [n for n in range(len(conversations)) if leaving.get(n, steps) > step]
+        ours = [conversations[n] for n in here]
+        got = ours[0].step_many(ours, [found[n][-1] for n in here], [Choice()] * len(here))
+        for n, token in zip(here, got, strict=True):
+            assert isinstance(token, int)
+            found[n].append(token)
+    return found
+
+
+@pytest.mark.parametrize("leaving", [{}, {2: 9}, {0: 7}, {0: 9, 2: 4}])
+def test_several_conversations_are_run_ahead_too(
+    ahead: tuple[CudaSession, list[str]],
+    tiny: Checkpoint,
+    leaving: dict[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "CALM_STEPS", 3)
+    session, steps = ahead
+    plain = CudaSession(tiny, OPTIONS, torch.float32)
+    want = answers([plain, plain.another(), plain.another()], 12, leaving)
+    assert answers([session, session.another(), session.another()], 12, leaving) == want
+    # The first three are too early, then one is begun at every step; who leaves costs one that is run anew.
+    assert steps[:5] == ["run", "run", "run", "run", "run_on"]
+    assert steps.count("run") == 4 + len({step for step in leaving.values() if step > 3})
+
+
+def test_a_newcomer_makes_what_was_begun_void(
+    ahead: tuple[CudaSession, list[str]], tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "CALM_STEPS", 2)
+    session, steps = ahead
+    plain = CudaSession(tiny, OPTIONS, torch.float32)
+    texts = []
+    for first in (plain, session):
+        second, third = first.another(), first.another()
+        found = answers([first, second], 6, {})
+        tokens = [third.prefill_choose(IDS[30:50], Choice()), *(text[-1] for text in found)]
+        for _ in range(6):
+            tokens = first.step_many([third, first, second], tokens, [Choice()] * 3)  # type: ignore[assignment]
+            found.append(list(tokens))
+        texts.append(found)
+    assert texts[0] == texts[1]
+    assert steps == 3 * ["run"] + 4 * ["run_on"] + 3 * ["run"] + 4 * ["run_on"]
