@@ -92,6 +92,7 @@ def attend(
     predecessors_done(PDL)
     b, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + b)
+    slot = tl.load(slots + b)
     begin = split * LENGTH
     if begin > position:
         return
@@ -102,7 +103,7 @@ def attend(
     row = qkv + b * (H + 2 * K) * D
     at = position.to(tl.int64) * (D // 2)
     q = rotated(row + (heads * D)[:, None], cos + at, sin + at, dims, D).to(qkv.dtype.element_ty)
-    base = (tl.load(slots + b).to(tl.int64) * K + k) * S * D
+    base = (slot.to(tl.int64) * K + k) * S * D
 
     most = tl.full((G,), float("-inf"), tl.float32)
     total = tl.zeros((G,), tl.float32)

@@ -123,9 +123,9 @@ def packed_sum(words, s, o, h, exponent, Q: tl.constexpr, BITS: tl.constexpr):
     R: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
     COUNT: tl.constexpr = s.shape[1]
+    BIAS: tl.constexpr = 128.0 if BITS == 4 else 256.0
     h0, h1, h2, h3, h4, h5, h6, h7 = by_place(h, 32 // BITS)
     if BITS == 4:
-        BIAS: tl.constexpr = 128.0
         sums = nibble(words, exponent, 0) * h0[None, :]
         sums += nibble(words, exponent, 1) * h1[None, :]
         sums += nibble(words, exponent, 2) * h2[None, :]
@@ -135,7 +135,6 @@ def packed_sum(words, s, o, h, exponent, Q: tl.constexpr, BITS: tl.constexpr):
         sums += nibble(words, exponent, 6) * h6[None, :]
         sums += nibble(words, exponent, 7) * h7[None, :]
     else:
-        BIAS: tl.constexpr = 256.0
         sums = byte(words, exponent, 0) * h0[None, :]
         sums += byte(words, exponent, 1) * h1[None, :]
         sums += byte(words, exponent, 2) * h2[None, :]

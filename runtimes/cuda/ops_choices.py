@@ -78,7 +78,8 @@ def choice_of(name: str, matrix: Matrix, batch: int) -> Choice:
     """What was found quickest, or else the first candidate."""
     first = candidates(name, matrix, batch)[0]
     found = _chosen.get(key_of(name, matrix, batch))
-    return found if type(found) is type(first) else first  # never another kernel
+    # Never another kernel.
+    return found if found is not None and type(found) is type(first) else first
 
 
 def chosen() -> dict[Key, Choice]:
@@ -163,10 +164,8 @@ def tune(
     for way in ways:
         attempt(way)
     if seconds:
-        attempt(_quickest(seconds)._replace(pdl=True))
-        _chosen[key] = _quickest(seconds)
+        quickest = min(seconds, key=lambda way: seconds[way])
+        assert not isinstance(quickest, Library), f"{key.name}: cuBLAS beside kernels"
+        attempt(quickest._replace(pdl=True))
+        _chosen[key] = min(seconds, key=lambda way: seconds[way])
     return seconds
-
-
-def _quickest(seconds: dict[Choice, float]) -> Choice:
-    return min(seconds, key=lambda way: seconds[way])

@@ -143,12 +143,13 @@ def _tune(
     """The same for matrices of one type."""
     name, first = key.name, matrices[0]
     x, norm, residual = _random_inputs(name, first, batch, dtype)
+    scratch = None if residual is None else residual.clone()  # what is timed adds to it
 
     def run(choice: Choice) -> Tensor:
         return _run(choice, name, x, first, norm, 1e-5, None if residual is None else residual.clone())
 
     def time(choice: Choice) -> float:
-        return _seconds(lambda matrix: _run(choice, name, x, matrix, norm, 1e-5, residual), matrices)
+        return _seconds(lambda matrix: _run(choice, name, x, matrix, norm, 1e-5, scratch), matrices)
 
     failures = (RuntimeError, triton.TritonError)
     return ops_choices.tune(key, ops_choices.candidates(name, first, batch), run, time, failures)
@@ -158,10 +159,11 @@ def times(name: str, matrices: Sequence[Matrix], batch: int, dtype: torch.dtype)
     """Seconds of one product by each kernel that could run it: where ops_choices.FEW and MANY should be."""
     first = matrices[0]
     x, norm, residual = _random_inputs(name, first, batch, dtype)
-    return {
-        choice: _seconds(lambda matrix, c=choice: _run(c, name, x, matrix, norm, 1e-5, residual), matrices)
-        for choice in ops_choices.of_each_kind(name, first, batch)
-    }
+
+    def time(choice: Choice) -> float:
+        return _seconds(lambda matrix: _run(choice, name, x, matrix, norm, 1e-5, residual), matrices)
+
+    return {choice: time(choice) for choice in ops_choices.of_each_kind(name, first, batch)}
 
 
 def _seconds(run: Callable[[Matrix], Any], matrices: Sequence[Matrix]) -> float:

@@ -119,3 +119,28 @@ def test_tensors_on_the_cpu_come_here_when_asked(monkeypatch):
     monkeypatch.setattr(ops_triton, "embed", lambda *arguments: called.append(arguments))
     ops.embed(dense(2, 16), torch.tensor([1], device=DEVICE), torch.float32)
     assert len(called) == 1
+
+
+def test_every_type_of_matrix_finds_its_own_way(monkeypatch):
+    """Timing needs a card; here each way is run once, and the later the quicker."""
+    monkeypatch.setattr(ops_choices, "_chosen", {})
+    timed = []
+
+    def seconds(run, matrices):
+        run(matrices[-1])
+        timed.append(len(matrices))
+        return 1 / len(timed)
+
+    monkeypatch.setattr(ops_triton, "_seconds", seconds)
+    matrices = [dense(6, 64), packed(6, 64), dense(6, 64)]
+    ops_triton.tune("linear_add", matrices, 1, torch.float32)
+    assert set(timed) == {1, 2}
+    chosen = ops_choices.chosen()
+    assert {key.bits for key in chosen} == {0, 4}
+    last = ops_choices.candidates("linear_add", matrices[0], 1)[-1]
+    assert {way._replace(pdl=False) for way in chosen.values()} == {last}
+    known = len(timed)
+    ops_triton.tune("linear_add", matrices, 1, torch.float32)
+    assert len(timed) == known
+    kinds = {type(way) for way in ops_triton.times("head", matrices[:1], 1, torch.float32)}
+    assert kinds == {Rows, Tiles, Library}
