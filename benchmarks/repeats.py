@@ -20,7 +20,8 @@ from typing import Any
 from benchmarks.common.results import study_command, write_results
 from benchmarks.common.table import Column, render
 from benchmarks.latency.bench import REPEATS, bench
-from benchmarks.report.compare import SAME, compare_results
+from benchmarks.report.compare import compare_results
+from benchmarks.report.verdicts import SAME
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report.compare import compare, compare_text, ratio_interval
+from benchmarks.report.compare import compare, compare_text
 from benchmarks.report.document import make_report, write_report
+from benchmarks.report.verdicts import ratio_interval
 from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
 from tests.benchmarks.sample_report import PROFILES, full_evaluation, full_fidelity, full_result
