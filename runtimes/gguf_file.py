@@ -67,7 +67,7 @@ class GgufFile:
             raise ArtifactError(
                 f"{self._path}: tensor {strangers[0]} is in the file, but not in the manifest"
             )
-        check_model(self._path, self._header, self._data)
+        self.config = check_model(self._path, self._header, self._data)
         for record in artifact.manifest.tensors:
             info = self._header.tensors.get(record.stored_as)
             if info is not None and info.shape != record.shape:

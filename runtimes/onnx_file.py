@@ -57,6 +57,11 @@ class _Stored:
             return 0, 0
         return self.bits, math.prod(self.weight.dims[1:]) * 8 // self.bits // self.scales.dims[1]
 
+    def width(self) -> int:
+        """Columns of a matrix, or the length of a vector."""
+        dims = self.weight.dims[1:] if len(self.weight.dims) > 1 else self.weight.dims
+        return math.prod(dims) if self.scales is None else math.prod(dims) * 8 // self.bits
+
     def row_bytes(self) -> int:
         """Bytes of one row, scales and zero points included."""
         return sum(_row_bytes(tensor) for tensor in self.tensors())
@@ -115,6 +120,14 @@ class OnnxFile:
         """Dequantized rows [start, stop) of a tensor, float32; a vector is one row."""
         parts = self._parts(name, start, stop)
         return np.concatenate([self._decode(stored, low, high) for stored, low, high in parts])
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns; a vector is one row. Raises ArtifactError for parts of different widths."""
+        pieces = self._pieces_of(name)
+        widths = sorted({piece.stored.width() for piece in pieces})
+        if len(widths) > 1:
+            raise ArtifactError(f"{self._path}: parts of '{name}' have {widths[0]} and {widths[1]} columns")
+        return sum(piece.rows for piece in pieces), widths[0]
 
     def block_types(self, name: str) -> set[tuple[int, int, bool]]:
         """Bits, block size and whether symmetric, of each matrix that holds some of a tensor's rows.

@@ -139,8 +139,9 @@ class GgufSource:
         from runtimes.cuda.ggml_blocks import BLOCK_TYPES, levels
         from runtimes.gguf_file import GgufFile
 
-        self.config, self.name, self.context = _about(artifact)
         self._file = GgufFile(artifact)
+        self.config, self.name = self._file.config, str(artifact.path)
+        self.context = min(artifact.manifest.context, self.config.max_positions)
         self._types, self._levels = BLOCK_TYPES, levels
 
     def form(self, tensor: str) -> Form:
@@ -184,12 +185,20 @@ class OnnxSource:
         from runtimes.onnx_artifact import read_artifact_graph
         from runtimes.onnx_file import OnnxFile
 
-        self.config, self.name, self.context = _about(artifact)
+        self.config, self.name = FoxConfig.read(artifact.path / "config.json"), str(artifact.path)
+        self.context = min(artifact.manifest.context, self.config.max_positions)
         read_artifact_graph(artifact)  # for its checks
         self._file = OnnxFile(artifact)
         missing = set(self.config.tensor_shapes()) - set(self._file.tensor_names())
         if missing:
             raise ArtifactError(f"{artifact.model_path}: holds no tensor '{min(missing)}'")
+        for tensor, shape in self.config.tensor_shapes().items():
+            found, due = self._file.shape(tensor), _rows_of(shape)
+            if found != due:
+                raise ArtifactError(
+                    f"{artifact.model_path}: '{tensor}' has {found[0]} rows of {found[1]}, but "
+                    f"config.json asks for {due[0]} of {due[1]}"
+                )
 
     def form(self, tensor: str) -> Form:
         """That of its blocks; two bits lie in four."""
@@ -238,12 +247,6 @@ def open_source(model: Checkpoint | Artifact, preset: str | None = None) -> Sour
         source: Source = kinds[model.manifest.format](model)
         return source
     return RoundedSource(model, preset) if preset else CheckpointSource(model)
-
-
-def _about(artifact: Artifact) -> tuple[FoxConfig, str, int]:
-    """Configuration, name and positions of an artifact."""
-    config = FoxConfig.read(artifact.path / "config.json")
-    return config, str(artifact.path), min(artifact.manifest.context, config.max_positions)
 
 
 def _onnx_form(bits: int, block: int, symmetric: bool) -> Form:

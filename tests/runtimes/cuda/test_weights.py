@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,23 @@ def test_a_scale_that_is_none_of_weights_is_refused() -> None:
     for scale in (float("nan"), float("inf"), 1e6):
         with pytest.raises(ArtifactError, match=r"^q: a block's scale is (nan|inf|1e\+06), which is none"):
             put(matrix, 0, Levels(integers, torch.full((2, 1), scale), None, 8), "q")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
+def test_a_config_that_is_not_the_file_s_is_refused(field: str, tiny_256: Checkpoint, tmp_path: Path) -> None:
+    artifact = export_onnx(tiny_256, tmp_path / "out", find_recipe(ONNX, "int8"), rounding="nearest")
+    path = artifact.path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, field: 2 * fields[field]}))
+    with pytest.raises(ArtifactError) as error:
+        CudaSession(artifact, OPTIONS)
+    assert "\n" not in str(error.value) and "model.onnx" in str(error.value)
+
+
+def test_a_gguf_is_its_own_config(tiny_256: Checkpoint, tmp_path: Path) -> None:
+    """As for llama.cpp, which never sees config.json."""
+    artifact = export_gguf(tiny_256, tmp_path / "out", find_recipe(GGUF, "q8_0"))
+    want = CudaSession(artifact, OPTIONS).prefill(IDS)
+    path = artifact.path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 50.0, "vocab_size": 1024}))
+    assert np.array_equal(CudaSession(artifact, OPTIONS).prefill(IDS), want)
