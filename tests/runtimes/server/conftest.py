@@ -18,7 +18,7 @@ from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import GGUF, find_recipe
-from runtimes.base import SessionOptions
+from runtimes.base import BatchingSession, SessionOptions
 from runtimes.chat_model import find_chat_model
 from runtimes.server import server
 from runtimes.server.app import make_app
@@ -83,13 +83,14 @@ def running(spec: str, key: str | None = None, **options: Any) -> Iterator[Serve
 def slow_down(served: Served) -> None:
     """A thousand tokens take ten seconds from now on."""
     session: Any = served.service.engine._slots.all[0].cache.session
-    step = session.step
+    name = "step_many" if isinstance(session, BatchingSession) else "step"
+    step = getattr(session, name)
 
-    def slow(token: int) -> Any:
+    def slow(*args: Any) -> Any:
         time.sleep(0.01)
-        return step(token)
+        return step(*args)
 
-    session.step = slow
+    setattr(session, name, slow)
 
 
 @pytest.fixture(scope="package")
