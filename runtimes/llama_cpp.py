@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,7 +254,14 @@ class LlamaCppBatchingSession(LlamaCppSession):
     def _make_context(self, weights: Weights, first: bool) -> Context:
         count = self._options.conversations
         context = Context(weights, self.context, self._options, conversations=count)
-        context.limit = rows_that_agree(context) if self._options.fixed_batch else context.rows
+        if not self._options.fixed_batch:
+            context.limit = context.rows
+            return context
+        # In a thread that ends: OpenMP keeps workers for every thread that ever computed, and lets all of
+        # them sleep at every barrier once they are more than the processors. A server's steps, which are
+        # another thread's, would take four times as long.
+        with ThreadPoolExecutor(1) as looking:
+            context.limit = looking.submit(rows_that_agree, context).result()
         return context
 
     def another(self) -> LlamaCppSession:
