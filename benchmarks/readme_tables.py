@@ -47,6 +47,40 @@ def demo_table(report: Mapping[str, Any]) -> str:
     return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
 
 
+def report_table(report: Mapping[str, Any]) -> str:
+    """The page's table in short, with the speeds' intervals, and the published row marked as not ours."""
+    rows = []
+    for row in report["rows"]:
+        low, high = row["interval"]["decode_tokens_per_s"]
+        rows.append(
+            [
+                row["name"],
+                _mb(row["bytes"]),
+                f"{row['load_s']:.1f}",
+                f"{row['prompt_tokens_per_s']:,.0f}",
+                f"{row['decode_tokens_per_s']:,.1f} ({low:,.1f} to {high:,.1f})",
+                f"{row['roofline_percent']:.0f}",
+                f"{row['baseline_ratio']['decode_tokens_per_s']:.2f}",
+                _mb(row["peak_rss_bytes"]),
+                f"{row['mean_kl_nats']:.2g}",
+            ]
+        )
+    base = report["baseline"]
+    rows.append(
+        [
+            *("*not ours: BF16 on an H100 (paper)*", "", "", ""),
+            f"*over {base['decode_tokens_per_s']}*",
+            f"*{base['roofline_percent']:.0f}*",
+            *("*1.00*", f"*{_mb(base['peak_rss_bytes'])}*", ""),
+        ]
+    )
+    head = (
+        *("artifact", "MB", "load, s", "prompt tok/s", "decode tok/s", "% of its ceiling", "× H100"),
+        *("peak RSS, MB", "mean KL, nats"),
+    )
+    return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
+
+
 def full_shape_table(results: Mapping[str, Any]) -> str:
     """Exports and runs at Fox-1's shape, ours beside the peers of the same run."""
     exports = [
@@ -419,6 +453,7 @@ def gpu_table(results: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
+    "report": report_table,
     "accuracy": accuracy_table,
     "full-shape": full_shape_table,
     "rounding": rounding_table,

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
     from runtimes.onnx_foreign import ForeignOnnx
 
-# A tokenizer's tables per piece of the vocabulary, measured (benchmarks/memory.py).
-TOKENIZER_PIECE_BYTES = 220
+# A tokenizer's library and its tables per piece of the vocabulary, measured (benchmarks/memory.py).
+TOKENIZER_BYTES, TOKENIZER_PIECE_BYTES = 3_500_000, 220
 
 
 def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
             f"{target}: a context of {context} was asked for, but the model has {most}"
         )
     need: MemoryNeed = opened.need(model, replace(options, context=context))
-    tokenizer = TOKENIZER_PIECE_BYTES * about.pieces
+    tokenizer = TOKENIZER_BYTES + TOKENIZER_PIECE_BYTES * about.pieces
     return {
         "context": context,
         "runtime": runtime.name,

@@ -37,15 +37,15 @@ font-weight:600}
 .why{margin:0;font-size:.92rem;line-height:1.5}
 .scroll{overflow-x:auto;margin:12px 0 0}
 table{overflow-wrap:normal;border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:9px 8px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;
+th,td{padding:9px 6px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;
 vertical-align:top}
 thead th{color:var(--soft);font-weight:500;font-size:.8rem;white-space:normal;vertical-align:bottom;
-min-width:62px}
+min-width:52px}
 th:first-child{text-align:left;position:sticky;left:0;padding-left:0;background:var(--paper);
 font-weight:600}
 tbody th{max-width:230px;white-space:normal;overflow-wrap:anywhere;min-width:104px}
 thead th:first-child{font-weight:500}
-small{display:block;color:var(--soft);font-size:.72rem;font-weight:400;line-height:1.3}
+small{display:block;color:var(--soft);font-size:.68rem;font-weight:400;line-height:1.3}
 td span[title]{text-decoration:underline dotted var(--hatch);text-underline-offset:3px;cursor:help}
 tr.published th,tr.published td{color:var(--soft);font-weight:400;
 background:repeating-linear-gradient(135deg,var(--panel) 0 6px,var(--paper) 6px 12px)}

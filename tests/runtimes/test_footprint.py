@@ -16,7 +16,7 @@ from fox_edge.quant import GGUF, find_recipe
 from runtimes import footprint as module
 from runtimes import llama_cpp_memory, memory
 from runtimes.base import SessionOptions
-from runtimes.footprint import TOKENIZER_PIECE_BYTES, footprint, footprint_text
+from runtimes.footprint import TOKENIZER_BYTES, TOKENIZER_PIECE_BYTES, footprint, footprint_text
 from runtimes.llama_cpp import LlamaCppSession
 from runtimes.llama_cpp_memory import copied_bytes
 from runtimes.torch import TorchSession
@@ -38,7 +38,8 @@ def test_a_checkpoint_is_reckoned_as_pytorch_opens_it(tiny_256: Checkpoint) -> N
     assert (found["runtime"], found["kv"], found["context"]) == ("torch", "bfloat16", 100)
     assert found["weights_bytes"] == 2 * TINY_256.num_parameters()
     assert found["kv_bytes"] == KV_VALUES * 100 * 2
-    assert found["tokenizer_bytes"] == 2 * TOKENIZER_PIECE_BYTES * 512  # opening a checkpoint reads it too
+    # Opening a checkpoint reads it too.
+    assert found["tokenizer_bytes"] == TOKENIZER_BYTES + 2 * TOKENIZER_PIECE_BYTES * 512
 
 
 @pytest.mark.parametrize(("kv", "bits"), [(None, 16), ("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)])
@@ -124,7 +125,7 @@ def test_who_asks_for_no_context_gets_what_fits(
 
 def test_what_fits_here_and_now(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     need = LlamaCppSession.need(artifact, SessionOptions(context=256))
-    room = need.total(256) + 512 * TOKENIZER_PIECE_BYTES
+    room = need.total(256) + TOKENIZER_BYTES + 512 * TOKENIZER_PIECE_BYTES
     monkeypatch.setattr(module, "available_bytes", lambda: room)
     assert footprint(str(artifact.path), SessionOptions())["largest_context"] == 256
     monkeypatch.setattr(module, "available_bytes", lambda: room - 1)
