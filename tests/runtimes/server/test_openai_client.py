@@ -28,6 +28,10 @@ def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none is needed", max_retries=0)
 
 
+# Of several conversations attention is computed by plain products.
+LONE = SessionOptions(threads=1, flash_attention=False)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(artifact: Artifact) -> Tokenizer:
     return Tokenizer.from_folder(artifact.path)
@@ -35,7 +39,7 @@ def tokenizer(artifact: Artifact) -> Tokenizer:
 
 def alone(artifact: Artifact, tokenizer: Tokenizer, prompt: list[int], most: int = 60) -> list[int]:
     """The greedy answer of a session that serves nobody else, fed in the same parts."""
-    session = open_session(artifact, SessionOptions(threads=1))
+    session = open_session(artifact, LONE)
     generation = generate(session, prompt, stop_ids=tokenizer.stop_ids, max_tokens=most)
     while generation.feed(CHUNK):
         pass
@@ -167,7 +171,7 @@ def test_logprobs_are_those_of_the_model(
     assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.content is not None
     content = answer.choices[0].logprobs.content
     assert b"".join(bytes(e.bytes or []) for e in content).decode() == answer.choices[0].message.content
-    session = open_session(artifact, SessionOptions(threads=1))
+    session = open_session(artifact, LONE)
     logits = session.prefill(tokenizer.encode_chat(ASKED))
     for entry, token in zip(content, expected, strict=False):
         want = logprobs_of(logits, token, 3)
