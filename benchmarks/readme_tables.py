@@ -334,11 +334,13 @@ def prefix_gain_table(results: Mapping[str, Any]) -> str:
                 f"{row['prompt_times_faster']:.1f}",
                 f"{whole['seconds']:.1f} / {reused['seconds']:.1f}",
                 f"{row['times_faster']:.1f}",
+                f"{row['together_times_faster']:.1f}" if "together" in row else "",
             ]
         )
     head = (
         *("model", "prompt tokens run, whole / reused", "prompts, s", "times faster"),
         *("with the answers, s", "times faster"),
+        f"and {results.get('batch') or 'several'} questions at once",
     )
     return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 

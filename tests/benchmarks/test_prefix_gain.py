@@ -58,6 +58,26 @@ def test_both_ways_are_run_in_turn_on_the_same_questions(files, monkeypatch):
     assert "400 / 160" in text and "3.73" in text
 
 
+def test_questions_are_also_answered_together_where_the_runtime_can(files, monkeypatch, tmp_path, checkpoint):
+    from export.gguf import export_gguf
+    from fox_edge.quant import GGUF, find_recipe
+
+    artifact = export_gguf(checkpoint, tmp_path / "out", find_recipe(GGUF, "int8"))
+    told = []
+    monkeypatch.setattr(prefix_gain, "run_worker", worker(told))
+    specs = [str(artifact.path), "torch:nano"]
+    options = TaskOptions(4, 5, *files)
+    result = prefix_gain.prefix_gain(specs, options, max_tokens=9, repeats=2, threads=1, batch=3)
+    ways = [(job["subject"] == "torch:nano", bool(job["shared"]), job.get("at_once", 1)) for job in told]
+    whole, reused, together = (False, False, 1), (False, True, 1), (False, True, 3)
+    assert ways == [reused, whole, together] * 2 + [(True, True, 1), (True, False, 1)] * 2
+    ours, torch = result["results"]
+    seconds = ours["together"]["seconds"]
+    assert ours["together_times_faster"] == ours["whole"]["seconds"] / seconds
+    assert "together" not in torch and result["batch"] == 3
+    assert "and together" in prefix_gain.prefix_gain_text(result)
+
+
 def test_what_cannot_be_measured(files, monkeypatch, capsys):
     with pytest.raises(FoxEdgeError, match="nothing to reuse"):
         prefix_gain.prefix_gain(

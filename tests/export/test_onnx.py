@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import export.onnx_weights
+import fox_edge.blockwise
 from export.onnx import DATA_FILE, export_onnx
 from export.onnx_weights import TASK_WEIGHTS
 from fox_edge.artifact import Artifact
@@ -209,7 +210,7 @@ def test_weights_are_streamed(tiny_256: Checkpoint, tmp_path: Path, monkeypatch:
     released: list[str] = []
     rows_of: Callable[..., torch.Tensor] = Checkpoint.float_rows
     monkeypatch.setattr(export.onnx_weights, "TASK_WEIGHTS", 4096)
-    monkeypatch.setattr(export.onnx_weights, "_SCALE_WEIGHTS", 4096)
+    monkeypatch.setattr(fox_edge.blockwise, "_SCALE_WEIGHTS", 4096)
     monkeypatch.setattr(
         Checkpoint,
         "float_rows",
