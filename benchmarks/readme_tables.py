@@ -44,7 +44,7 @@ def demo_table(report: Mapping[str, Any]) -> str:
         *("nano as", "MB", "load, s", "first token, ms", "prompt tok/s", "decode tok/s"),
         *("peak RSS, MB", "mean KL, nats", "top-1, %", "word problems right"),
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
+    return _measured(head, rows, report)
 
 
 def report_table(report: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         *("artifact", "MB", "load, s", "prompt tok/s", "decode tok/s", "% of its ceiling", "× H100"),
         *("peak RSS, MB", "mean KL, nats"),
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(report['machine'])}"
+    return _measured(head, rows, report)
 
 
 def full_shape_table(results: Mapping[str, Any]) -> str:
@@ -215,7 +215,7 @@ def memory_table(results: Mapping[str, Any]) -> str:
             ]
         )
     head = ("runtime", "KV cache", "context", "predicted, MB", "peak RSS, MB", "ratio")
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def speculation_table(results: Mapping[str, Any]) -> str:
@@ -239,7 +239,7 @@ def speculation_table(results: Mapping[str, Any]) -> str:
         *("model", "prompts", "guesses", "decode tok/s", "times plain", "tokens guessed", "right, %"),
         "answers the same",
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def perplexity_peer_table(results: Mapping[str, Any]) -> str:
@@ -259,7 +259,7 @@ def perplexity_peer_table(results: Mapping[str, Any]) -> str:
             artifact = row["artifact"] if side == "ours" else ""
             rows.append([artifact, names[side], *(f"{figures[key]:.6g}" for key in keys)])
     head = ("export", "", "mean KL, nats", "p99", "top-1, %", "reference's perplexity", "over it")
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def fidelity_cost_table(results: Mapping[str, Any]) -> str:
@@ -279,7 +279,7 @@ def fidelity_cost_table(results: Mapping[str, Any]) -> str:
         *("artifact", "reference alone, s", "artifact alone, s", "fidelity, s", "over both"),
         "above the models, MB",
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def overhead_table(results: Mapping[str, Any]) -> str:
@@ -299,7 +299,7 @@ def overhead_table(results: Mapping[str, Any]) -> str:
         *("model", "ms per token", "over the bare loop, %", "95 % interval"),
         *("clockwork, µs per token", "of a token, %"),
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def repeats_table(results: Mapping[str, Any]) -> str:
@@ -318,7 +318,7 @@ def repeats_table(results: Mapping[str, Any]) -> str:
         *("figure", "interval's typical width, %", "pairs of runs that agree", "%"),
         "not told apart by compare, %",
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def prefix_gain_table(results: Mapping[str, Any]) -> str:
@@ -342,7 +342,7 @@ def prefix_gain_table(results: Mapping[str, Any]) -> str:
         *("with the answers, s", "times faster"),
         f"and {results.get('batch') or 'several'} questions at once",
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def serve_table(results: Mapping[str, Any]) -> str:
@@ -364,7 +364,7 @@ def serve_table(results: Mapping[str, Any]) -> str:
         *("server", "answers", "failed", "not a lone client's", "tok/s, all", "tok/s, alone"),
         *("first token, known over new prompt", "RSS, first to last quarter, MB"),
     )
-    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
+    return _measured(head, rows, results)
 
 
 def _recipe_name(recipe: str) -> str:
@@ -485,6 +485,11 @@ def _mb(size: int | float) -> str:
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _measured(head: Sequence[str], rows: Iterable[Sequence[str]], results: Mapping[str, Any]) -> str:
+    """A table, and the machine that it was measured on."""
+    return f"{_markdown(head, rows)}\n\n{_machine(results['machine'])}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
