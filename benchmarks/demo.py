@@ -29,7 +29,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from runtimes.base import SessionOptions
-from runtimes.chat import Chat
+from runtimes.chat.chat import Chat
 
 EXPORTS = (("gguf", "int8"), ("gguf", "int4"), ("onnx", "int8"), ("onnx", "int4"))
 QUESTION = "Ivy buys 4 crates of 12 apples. She gives 9 apples to Julia. How many does she have left?"

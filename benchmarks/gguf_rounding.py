@@ -32,7 +32,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from fox_edge.quant import GGUF, PRESETS, mixed_rules
-from runtimes.gguf_file import GgufFile
+from runtimes.llama_cpp.gguf_file import GgufFile
 
 # The body's type, then those of the parts of quant.PARTS.
 CANDIDATES = (

@@ -136,7 +136,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     path, text = Path(args.artifact), _text(args.text)
     if is_foreign(path):
-        from runtimes.onnx_foreign import ForeignOnnx
+        from runtimes.onnx.foreign import ForeignOnnx
 
         foreign, limits = ForeignOnnx.open(path), _limits(FOREIGN_LIMITS, args)
         report = verify_foreign(
@@ -170,7 +170,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     from runtimes.base import SessionOptions
-    from runtimes.talk import Wishes, talk
+    from runtimes.chat.talk import Wishes, talk
 
     if args.question is not None and args.prompt is not None:
         raise FoxEdgeError("a question and --prompt are two questions; give one")

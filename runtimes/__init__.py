@@ -1,1 +1,1 @@
-"""Artifact in, logits out: one runtime per file, each behind the Session protocol of base.py."""
+"""Artifact in, logits out: a room per library, each behind the Session protocol of base.py."""

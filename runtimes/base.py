@@ -1,6 +1,6 @@
 """What every runtime gives: a session that turns tokens into logits, and nothing else.
 
-Sampling, stop tokens, streaming and chat are written once above it (generate.py, chat.py). A runtime
+Sampling, stop tokens, streaming and chat are written once above it (generate.py, chat/). A runtime
 module knows its library; it does not know how an artifact was made.
 """
 
@@ -20,7 +20,7 @@ from fox_edge.errors import ContextOverflowError, FoxEdgeError
 from fox_edge.progress import say
 
 if TYPE_CHECKING:
-    from runtimes.onnx_foreign import ForeignOnnx
+    from runtimes.onnx.foreign import ForeignOnnx
     from runtimes.sampling import Choice
 
 Logits = NDArray[np.float32]
@@ -244,8 +244,8 @@ def check_tokens(session: Session, tokens: Sequence[int]) -> None:
 
 # Artifact format -> "module:class" of its ModelFile; constructed with (Artifact,).
 MODEL_FILES: dict[str, str] = {
-    "gguf": "runtimes.gguf_file:GgufFile",
-    "onnx": "runtimes.onnx_file:OnnxFile",
+    "gguf": "runtimes.llama_cpp.gguf_file:GgufFile",
+    "onnx": "runtimes.onnx.file:OnnxFile",
 }
 
 
@@ -274,8 +274,8 @@ class Runtime(NamedTuple):
 
 # Artifact format -> the runtime that opens it.
 RUNTIMES: dict[str, Runtime] = {
-    "gguf": Runtime("llama.cpp", "runtimes.llama_cpp:LlamaCppSession", batch=1),
-    "onnx": Runtime("onnxruntime", "runtimes.onnxruntime:OnnxSession"),
+    "gguf": Runtime("llama.cpp", "runtimes.llama_cpp.session:LlamaCppSession", batch=1),
+    "onnx": Runtime("onnxruntime", "runtimes.onnx.session:OnnxSession"),
 }
 
 # How a user names a checkpoint that PyTorch is to open: torch:nano.
@@ -292,7 +292,7 @@ PREFIXES: dict[str, Runtime] = {
 }
 
 # Opens an onnx_foreign.ForeignOnnx: an ONNX model of another tool.
-FOREIGN_ONNX = Runtime("onnxruntime", "runtimes.onnx_foreign_session:ForeignSession", "foreign")
+FOREIGN_ONNX = Runtime("onnxruntime", "runtimes.onnx.foreign_session:ForeignSession", "foreign")
 
 
 def split_prefix(spec: str) -> tuple[Runtime | None, str]:
@@ -317,7 +317,7 @@ def open_model(path: Path) -> Artifact | ForeignOnnx:
     """What a user's path names: an artifact, or another tool's ONNX model; raises ArtifactError."""
     if not is_foreign(path):
         return Artifact.open(path)
-    foreign: ForeignOnnx = load("runtimes.onnx_foreign:ForeignOnnx").open(path)
+    foreign: ForeignOnnx = load("runtimes.onnx.foreign:ForeignOnnx").open(path)
     return foreign
 
 

@@ -32,7 +32,7 @@ from runtimes.memory import MemoryNeed, available_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from fox_edge.checkpoint import Checkpoint
-    from runtimes.onnx_foreign import ForeignOnnx
+    from runtimes.onnx.foreign import ForeignOnnx
 
 # A tokenizer's library and its tables per piece of the vocabulary, measured (benchmarks/memory.py).
 TOKENIZER_BYTES, TOKENIZER_PIECE_BYTES = 3_500_000, 220

@@ -21,9 +21,9 @@ from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import available_cores
 from fox_edge.quant import GGUF, ONNX
+from runtimes.artifact_cache import cache_folder, key_of, read_record, write_record
 from runtimes.base import CUDA, SessionOptions
 from runtimes.kv_types import KV_TYPES
-from runtimes.onnx_cache import cache_folder, key_of, read_record, write_record
 
 PREFERENCES = ("balance", "prompt", "decode", "memory")
 _SCHEMA = 1

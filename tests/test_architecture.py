@@ -72,8 +72,8 @@ def test_the_scan_sees_all_rooms() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "runtimes.onnxruntime",
-        "runtimes.llama_cpp",
+        "runtimes.onnx.session",
+        "runtimes.llama_cpp.session",
         "benchmarks.latency.measure",
         "benchmarks.accuracy.answer",
     ],

@@ -153,7 +153,7 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
 
 def _foreign(spec: str, target: str, runtime: Runtime | None, kv: str | None) -> Subject:
     """Another tool's ONNX model; its cache stores what its graph says."""
-    from runtimes.onnx_foreign import ForeignOnnx
+    from runtimes.onnx.foreign import ForeignOnnx
 
     foreign = ForeignOnnx.open(Path(target))
     runtime = runtime or FOREIGN_ONNX

@@ -45,7 +45,7 @@ from runtimes.base import (
 )
 
 if TYPE_CHECKING:
-    from runtimes.onnx_foreign import ForeignOnnx
+    from runtimes.onnx.foreign import ForeignOnnx
 
 # What is demanded of another tool's export, which has no recipe: as of an int4 export of ours.
 FOREIGN_LIMITS = INT4_LIMITS
@@ -123,7 +123,7 @@ def verify_foreign(
     Whether the tie survived is a finding, not a failure: no such tool promises it. Two more keys:
     `tied_copies` (None where embedding or head was not found), `second_copy_bytes`.
     """
-    from runtimes.side_files import SideFiles
+    from runtimes.onnx.side_files import SideFiles
 
     start = time.monotonic()
     figures: dict[str, Any] = {

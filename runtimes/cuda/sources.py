@@ -137,7 +137,7 @@ class GgufSource:
 
     def __init__(self, artifact: Artifact) -> None:
         from runtimes.cuda.ggml_blocks import BLOCK_TYPES, levels
-        from runtimes.gguf_file import GgufFile
+        from runtimes.llama_cpp.gguf_file import GgufFile
 
         self._file = GgufFile(artifact)
         self.config, self.name = self._file.config, str(artifact.path)
@@ -182,8 +182,8 @@ class OnnxSource:
     """An ONNX artifact: the integers, scales and zero points that MatMulNBits reads."""
 
     def __init__(self, artifact: Artifact) -> None:
-        from runtimes.onnx_artifact import read_artifact_graph
-        from runtimes.onnx_file import OnnxFile
+        from runtimes.onnx.artifact import read_artifact_graph
+        from runtimes.onnx.file import OnnxFile
 
         self.config, self.name = FoxConfig.read(artifact.path / "config.json"), str(artifact.path)
         self.context = min(artifact.manifest.context, self.config.max_positions)

@@ -21,7 +21,7 @@ from typing import Any
 from fox_edge.errors import FoxEdgeError, MissingPackageError
 from fox_edge.progress import say
 from runtimes.base import SessionOptions, SharingSession, split_prefix
-from runtimes.chat_model import ChatModel, find_chat_model
+from runtimes.chat.model import ChatModel, find_chat_model
 from runtimes.server.engine import Engine
 from runtimes.server.metrics import rss_bytes
 

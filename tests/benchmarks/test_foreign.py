@@ -19,7 +19,7 @@ from fox_edge import cli
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import Limits
 from runtimes.base import open_model, open_session
-from runtimes.onnx_foreign import ForeignOnnx
+from runtimes.onnx.foreign import ForeignOnnx
 from tests.helpers import TINY_256, make_checkpoint
 
 MATRIX = 8192 * 256

@@ -23,8 +23,8 @@ from fox_edge.errors import ArtifactError, CheckpointError, RecipeError, Verific
 from fox_edge.model import Fox
 from fox_edge.quant import EMBEDDING, GGUF, INT4_LIMITS, ONNX, Recipe, find_recipe
 from runtimes.base import SessionOptions
-from runtimes.onnx_file import OnnxFile
-from runtimes.onnxruntime import OnnxSession
+from runtimes.onnx.file import OnnxFile
+from runtimes.onnx.session import OnnxSession
 from tests.helpers import TINY, make_checkpoint
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, TINY.vocab_size, 70)]

@@ -15,7 +15,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.nano.problems import held_out
 from fox_edge.quant import EMBEDDING, HEAD, INT4_LIMITS, ONNX, ROUNDINGS, Recipe, find_recipe
 from runtimes.base import SessionOptions
-from runtimes.onnxruntime import OnnxSession
+from runtimes.onnx.session import OnnxSession
 from tests.helpers import make_checkpoint
 
 LAYERS = "model.layers.*"

@@ -18,7 +18,7 @@ from fox_edge.calibration import MEAN_SQUARE_TOKENS, read_calibration
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.nano.problems import held_out
 from fox_edge.quant import EMBEDDING, GGUF, HEAD, Recipe, find_recipe
-from runtimes.gguf_file import GgufFile
+from runtimes.llama_cpp.gguf_file import GgufFile
 
 
 def recipe(name: str) -> Recipe:

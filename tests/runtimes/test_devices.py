@@ -23,11 +23,13 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
 from fox_edge.quant import GGUF, ONNX, find_recipe
-from runtimes import llama_cpp_choices, llama_cpp_device, onnx_engine
 from runtimes.base import SessionOptions, check_choices
-from runtimes.llama_cpp import LlamaCppSession
-from runtimes.llama_cpp_choices import choose_for_model
-from runtimes.onnxruntime import OnnxSession
+from runtimes.llama_cpp import choices as llama_cpp_choices
+from runtimes.llama_cpp import device as llama_cpp_device
+from runtimes.llama_cpp.choices import choose_for_model
+from runtimes.llama_cpp.session import LlamaCppSession
+from runtimes.onnx import engine as onnx_engine
+from runtimes.onnx.session import OnnxSession
 
 CUDA = SessionOptions(device="cuda")
 CPU, GPU = "CPUExecutionProvider", "CUDAExecutionProvider"

@@ -14,11 +14,12 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ContextOverflowError, FoxEdgeError, NotEnoughMemoryError
 from fox_edge.quant import GGUF, find_recipe
 from runtimes import footprint as module
-from runtimes import llama_cpp_memory, memory
+from runtimes import memory
 from runtimes.base import SessionOptions
 from runtimes.footprint import TOKENIZER_BYTES, TOKENIZER_PIECE_BYTES, footprint, footprint_text
-from runtimes.llama_cpp import LlamaCppSession
-from runtimes.llama_cpp_memory import copied_bytes
+from runtimes.llama_cpp import memory as llama_cpp_memory
+from runtimes.llama_cpp.memory import copied_bytes
+from runtimes.llama_cpp.session import LlamaCppSession
 from runtimes.torch import TorchSession
 from tests.helpers import TINY_256
 
@@ -105,7 +106,7 @@ def test_sessions_that_do_not_fit_are_refused_before_anything_is_loaded(
 ) -> None:
     need = LlamaCppSession.need(artifact, SessionOptions(context=256))
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total(256) - 1)
-    monkeypatch.setattr("runtimes.llama_cpp_context.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("runtimes.llama_cpp.context.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(NotEnoughMemoryError, match=r"of KV cache .* no context would fit"):
         LlamaCppSession(artifact, SessionOptions(context=256))
     need = TorchSession.need(tiny_256, SessionOptions())
@@ -161,7 +162,7 @@ def test_without_the_runtime_inspect_still_tells_the_rest(
     import sys
 
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
-    for name in ("runtimes.llama_cpp", "runtimes.llama_cpp_choices", "runtimes.llama_cpp_memory"):
+    for name in ("runtimes.llama_cpp.session", "runtimes.llama_cpp.choices", "runtimes.llama_cpp.memory"):
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["inspect", str(artifact.path)]) == 0
     assert "what memory it takes is not known: llama-cpp-python is not" in capsys.readouterr().out

@@ -14,8 +14,8 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.quant import GGUF, ONNX, find_recipe
 from runtimes import tuning
+from runtimes.artifact_cache import write_record
 from runtimes.base import SessionOptions, open_session
-from runtimes.onnx_cache import write_record
 from runtimes.tuning import checked, made_for, record_path, store, with_tuning, words
 
 

@@ -13,7 +13,7 @@ from benchmarks.common.subject import open_subject
 from fox_edge.cli import main
 from fox_edge.errors import FoxEdgeError
 from runtimes.base import BatchingSession, SessionOptions
-from runtimes.llama_cpp import LlamaCppSession
+from runtimes.llama_cpp.session import LlamaCppSession
 from tests.benchmarks.accuracy.scripted import Pass, Scripted, Speller
 
 SCRIPT = {"a": "x\n#### 3\nQuestion: more", "b": "x Question: y", "c": "done", "d": "z" * 50, "e": ""}

@@ -45,7 +45,7 @@ def failed(report: dict) -> dict[str, str]:
 def test_verification_keeps_nothing_beside_the_artifact(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtimes.onnx_prepacked.MIN_BYTES", 0)
+    monkeypatch.setattr("runtimes.onnx.prepacked.MIN_BYTES", 0)
     artifact = exported(checkpoint, tmp_path, "onnx")
     before = sorted(artifact.path.iterdir())
     assert verify(artifact, checkpoint, limits_of(artifact))["passed"]

@@ -16,7 +16,7 @@ from export.onnx import DATA_FILE, MODEL_FILE, export_onnx
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import ONNX, Limits, find_recipe
-from runtimes.onnx_foreign import ForeignOnnx
+from runtimes.onnx.foreign import ForeignOnnx
 
 LOOSE = Limits(mean_kl_nats=0.5, greedy_tokens=0)
 # nano's tied matrix at 4 bits; each block of 128 has a float32 scale and half a byte of zero point.

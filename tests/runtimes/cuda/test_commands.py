@@ -15,7 +15,7 @@ from fox_edge.checkpoint import Checkpoint
 from fox_edge.cli import main
 from fox_edge.quant import ONNX, find_recipe
 from runtimes.base import SessionOptions
-from runtimes.chat_model import find_chat_model
+from runtimes.chat.model import find_chat_model
 from runtimes.cuda.session import CudaInt4Session, CudaInt8Session, CudaSession
 from runtimes.server.server import ServeOptions, open_service
 

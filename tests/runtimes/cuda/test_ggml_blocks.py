@@ -10,7 +10,7 @@ from fox_edge.quant import GGUF, TYPES, type_names
 from runtimes.cuda.form import FLOATS, Form, put
 from runtimes.cuda.ggml_blocks import BLOCK_TYPES, levels
 from runtimes.cuda.ops import Dense, Packed, dequantize
-from runtimes.gguf_file import dequantize as by_gguf_py
+from runtimes.llama_cpp.gguf_file import dequantize as by_gguf_py
 
 ROWS, BLOCKS = 40, 3
 by_name = pytest.mark.parametrize("name", BLOCK_TYPES)

@@ -19,7 +19,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.quant import GGUF, find_recipe
 from runtimes.base import BatchingSession, SessionOptions
-from runtimes.chat_model import find_chat_model
+from runtimes.chat.model import find_chat_model
 from runtimes.server import server
 from runtimes.server.app import make_app
 from runtimes.server.guard import Guard, loopback_names
