@@ -1,9 +1,9 @@
 """The decode step: one token of each of several conversations, in one pass over the weights.
 
 Everything that a step reads and writes lies at fixed places, so that on a GPU the whole step is one CUDA
-graph per size of a batch, recorded when the size first comes; elsewhere the same code runs piece by piece. A
-batch is filled up to the next size with rows that write into the scratch slot. Knows weights, slots and its
-buffers; not conversations, nor how tokens are chosen other than greedily.
+graph per size of a batch, recorded when the size first comes. A batch is filled up to the next size with rows
+that write into the scratch slot. Knows weights, slots and its buffers; not conversations, nor how tokens are
+chosen other than greedily.
 
 Shapes: B rows of a batch, C hidden size, V vocabulary.
 """
@@ -20,13 +20,12 @@ from torch import Tensor
 
 from fox_edge.config import FoxConfig
 from runtimes.cuda import ops
+from runtimes.cuda.graphs import Graphs
 from runtimes.cuda.slots import Slots
 from runtimes.cuda.weights import Weights
 
 # Rows of a batch that there is a graph for.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-# Runs before a graph is recorded: kernels are compiled and libraries set up in the first.
-_WARM_UPS = 2
 
 
 def size_of(rows: int) -> int:
@@ -86,14 +85,13 @@ class Decoder:
         slots: Slots,
         cos: Tensor,
         sin: Tensor,
+        graphs: Graphs,
         fixed: int | None = None,
     ) -> None:
         self._config, self._weights, self._slots = config, weights, slots
-        self._cos, self._sin, self._fixed = cos, sin, fixed
+        self._cos, self._sin, self._graphs, self._fixed = cos, sin, graphs, fixed
         self._device = slots.keys.device
         self._inputs: dict[int, Inputs] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Outcome]] = {}
-        self._pool: Any = None
 
     def size(self, rows: int) -> int:
         """Rows of the batch that so many conversations run in."""
@@ -123,13 +121,9 @@ class Decoder:
 
     def _run(self, size: int) -> Outcome:
         """A step of the batch that lies in its place."""
-        if self._device.type != "cuda":
-            return self._step(self._inputs[size])
-        if size not in self._graphs:
-            self._graphs[size] = self._record(size)
-        graph, outcome = self._graphs[size]
-        graph.replay()
-        return outcome
+        return self._graphs.run(
+            ("step", size), lambda: self._step(self._inputs[size]), prepare=lambda: self._tune(size)
+        )
 
     def _step(self, at: Inputs) -> Outcome:
         """The pass itself: static shapes, and nothing that looks at a value on the host."""
@@ -143,22 +137,6 @@ class Decoder:
             ops.linear_add(ops.norm_gate_up(x, layer.mlp_norm, eps, layer.gate_up), layer.down, x)
         logits = ops.head(x, w.norm, eps, w.head)
         return Outcome(logits, likeliest(logits))
-
-    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Outcome]:
-        """The step of this size as a graph; run before that, it writes what the first replay writes again."""
-        self._tune(size)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._step(self._inputs[size])
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outcome = self._step(self._inputs[size])
-        # A step is over before the next begins, whatever their sizes: they share intermediate results.
-        self._pool = self._pool or graph.pool()
-        return graph, outcome
 
     def _tune(self, size: int) -> None:
         """Let every operation find its quickest way with these matrices."""

@@ -19,6 +19,7 @@ from fox_edge.progress import Progress
 from runtimes.base import Logits
 from runtimes.cuda import choose
 from runtimes.cuda.decoder import SIZES, Decoder, Outcome, likeliest
+from runtimes.cuda.graphs import Graphs
 from runtimes.cuda.need import SCORE_ROWS
 from runtimes.cuda.prompts import Prompts
 from runtimes.cuda.slots import Slots
@@ -80,8 +81,9 @@ class Model:
             torch.cuda.empty_cache()  # of pieces that were taken apart
         self.slots = Slots(self.config, conversations, context, dtype, device)
         cos, sin = rotary_tables(self.config, torch.arange(context, device=device))
-        self._decoder = Decoder(self.config, self.weights, self.slots, cos, sin, fixed)
-        self._prompts = Prompts(self.config, self.weights, self.slots, cos, sin)
+        graphs = Graphs(device)
+        self._decoder = Decoder(self.config, self.weights, self.slots, cos, sin, graphs, fixed)
+        self._prompts = Prompts(self.config, self.weights, self.slots, cos, sin, graphs)
         self._fetch = Fetch(device)
         self.looks_ahead = device.type == "cuda"
         self._ahead: _Ahead | None = None

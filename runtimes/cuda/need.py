@@ -45,6 +45,8 @@ def memory_need(source: Source, options: SessionOptions, dtype: torch.dtype, dev
     chunk = min(positions, prompts.CUDA_CHUNK if device_type == "cuda" else prompts.CPU_CHUNK)
     scratch = dtype.itemsize * weights.largest()
     running = scratch + chunk * _activations(config, dtype.itemsize) + _logits(config, options.conversations)
+    if device_type == "cuda":
+        running += _graphs(config, dtype.itemsize, positions)
     forms = {source.form(name) for name in config.tensor_shapes()}
     loading = PIECE_WEIGHTS * _BYTES_PER_PIECE_WEIGHT if forms != {FLOATS} else 0
     return MemoryNeed(
@@ -61,6 +63,13 @@ def _activations(config: FoxConfig, itemsize: int) -> int:
     # q, k and v; q while it is turned, in float32; q turned, and the result.
     attention = itemsize * (3 * queries + 2 * config.kv_dim) + 16 * queries
     return 2 * itemsize * config.hidden_size + max(attention, 3 * itemsize * config.intermediate_size)
+
+
+def _graphs(config: FoxConfig, itemsize: int, positions: int) -> int:
+    """Bytes that the graphs of short prompts share: activations, and what they see of a slot, with a bias."""
+    length, reach = min(positions, prompts.LENGTHS[-1]), min(positions, prompts.REACHES[-1])
+    seen = reach * (2 * itemsize * config.kv_dim + (itemsize + 1) * length)
+    return length * _activations(config, itemsize) + seen
 
 
 def _logits(config: FoxConfig, conversations: int) -> int:

@@ -1,15 +1,12 @@
 """What only a GPU runs, as far as it can be looked at without one: when graphs are recorded and replayed.
 
-The graph is a stand-in that runs the step again and writes over what the recorded one left, as a real one
-does.
+The graph is a stand-in that runs the step again and writes over what the recorded one left.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,72 +16,26 @@ from torch.nn.attention.bias import causal_lower_right
 
 from fox_edge.checkpoint import Checkpoint
 from runtimes.base import SessionOptions
-from runtimes.cuda import decoder, prompts
-from runtimes.cuda.decoder import Inputs, Outcome, size_of
+from runtimes.cuda import graphs, prompts
+from runtimes.cuda.decoder import Inputs, size_of
 from runtimes.cuda.session import CudaSession
 from runtimes.generate import generate
+from tests.runtimes.cuda.graph_stand_in import Recorder
 
 IDS = [int(t) for t in np.random.default_rng(3).integers(8, 512, 60)]
 CPU = torch.device("cpu")
 
 
-class Graph:
-    """Stands in for torch.cuda.CUDAGraph: what was recorded under it is run again."""
-
-    recorded: ClassVar[list[Graph]] = []
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self.step: Any = None
-        Graph.recorded.append(self)
-
-    def pool(self) -> str:
-        return "a pool"
-
-    def replay(self) -> None:
-        self.replays += 1
-        run, inputs, outcome = self.step
-        for held, new in zip(outcome, run(inputs), strict=True):
-            held.copy_(new)
-
-
 @pytest.fixture
 def session(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaSession]:
     """A session on the CPU whose decoder believes that it is on a GPU."""
-    Graph.recorded.clear()
     opened = CudaSession(
         tiny, SessionOptions(device="cpu", conversations=3, fixed_batch=False), torch.float32
     )
     made = opened._loaded()._decoder
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    recording: list[Graph] = []
-    pools: list[Any] = []
-    steps: list[str] = []
-    real = made._step
-
-    def step(inputs: Inputs) -> Outcome:
-        steps.append("recorded" if recording else "run")
-        found = real(inputs)
-        if recording:
-            recording[0].step = (real, inputs, found)
-        return found
-
-    @contextlib.contextmanager
-    def record(graph: Graph, pool: Any, capture_error_mode: str) -> Iterator[None]:
-        pools.append(pool)
-        recording.append(graph)
-        yield
-        recording.clear()
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda one: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(made, "_step", step)
-    monkeypatch.setattr(made, "_inputs", {size: Inputs(size, CPU) for size in (1, 2, 4)})
-    monkeypatch.setattr(made, "_device", SimpleNamespace(type="cuda"))
-    opened.steps, opened.pools = steps, pools  # type: ignore[attr-defined]
+    recorder = Recorder(made._graphs, monkeypatch)
+    recorder.watch(made, "_step", monkeypatch)
+    opened.recorder = recorder  # type: ignore[attr-defined]
     opened._loaded().looks_ahead = True
     yield opened
     opened.close()
@@ -93,16 +44,17 @@ def session(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaS
 def test_a_graph_is_recorded_once_for_each_size_when_it_first_comes(session: Any, tiny: Checkpoint) -> None:
     plain = CudaSession(tiny, SessionOptions(device="cpu", conversations=3), torch.float32)
     others, plain_others = [session.another() for _ in range(2)], [plain.another() for _ in range(2)]
-    assert not Graph.recorded
+    recorder = session.recorder
+    assert not recorder.graphs
     for rows in (1, 3, 1, 2, 3):
         ours, theirs = [session, *others][:rows], [plain, *plain_others][:rows]
         tokens = [IDS[rows + one.length] for one in ours]
         got, want = session.step_many(ours, tokens), plain.step_many(theirs, tokens)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
-    assert [graph.replays for graph in Graph.recorded] == [2, 2, 1]  # of 1, 4 and 2 rows
-    assert session.steps == 3 * [*decoder._WARM_UPS * ["run"], "recorded"]
-    assert session.pools == [None, "a pool", "a pool"]
+    assert [graph.replays for graph in recorder.graphs] == [2, 2, 1]  # of 1, 4 and 2 rows
+    assert recorder.runs == 3 * [*graphs._WARM_UPS * ["run"], "recorded"]
+    assert recorder.pools == [None, "a pool", "a pool"]
 
 
 def test_answers_of_graphs_are_those_of_plain_steps(session: Any, tiny: Checkpoint) -> None:
@@ -110,7 +62,7 @@ def test_answers_of_graphs_are_those_of_plain_steps(session: Any, tiny: Checkpoi
     plain = CudaSession(tiny, SessionOptions(device="cpu", conversations=3), torch.float32)
     want = list(generate(plain, IDS[:20], max_tokens=30))
     assert list(generate(session, IDS[:20], max_tokens=30)) == want
-    assert Graph.recorded[0].replays == 30
+    assert session.recorder.graphs[0].replays == 30
 
 
 def test_the_next_size_up() -> None:
