@@ -2,21 +2,44 @@
 
     python -m benchmarks.readme        rewrites the tables of all pages; a test checks that nothing changes
 
-A table stands between `<!-- NAME table: FILE -->` and `<!-- end -->`; what it shows is readme_tables.py's.
+A table stands between `<!-- NAME table: FILE -->` and `<!-- end -->`; what it shows is in
+readme_exports.py and readme_runs.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.readme_tables import TABLES
+from benchmarks import readme_exports as exports
+from benchmarks import readme_runs as runs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": runs.demo_table,
+    "report": runs.report_table,
+    "accuracy": exports.accuracy_table,
+    "full-shape": exports.full_shape_table,
+    "rounding": exports.rounding_table,
+    "gguf-rounding": exports.gguf_rounding_table,
+    "onnx-shape": exports.onnx_shape_table,
+    "memory": runs.memory_table,
+    "speculation": runs.speculation_table,
+    "perplexity-peer": exports.perplexity_peer_table,
+    "fidelity-cost": exports.fidelity_cost_table,
+    "overhead": runs.overhead_table,
+    "repeats": runs.repeats_table,
+    "prefix-gain": runs.prefix_gain_table,
+    "serve": runs.serve_table,
+    "gpu": runs.gpu_table,
+}
 
 
 def with_tables(text: str, root: Path = ROOT) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.common.markdown import markdown
 from benchmarks.common.table import Column, rate
 from benchmarks.report.figures import COLUMNS, HEADINGS, baseline_note, condition_facts, interval_text, shown
 
@@ -53,7 +54,7 @@ def _table(report: Mapping[str, Any]) -> str:
     over = "over " if base.get("decode_is_at_least") else ""
     cells = [f"{over if c.key == 'decode_tokens_per_s' else ''}{c.cell(base)}" for c in COLUMNS[1:]]
     rows.append([f"*{_e(cell)}*" if cell != "–" else "" for cell in [name, *cells]])
-    return "## Figures\n\n" + _markdown(head, rows)
+    return "## Figures\n\n" + markdown(head, rows)
 
 
 def _cell(column: Column, row: Row) -> str:
@@ -88,7 +89,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
             )
     if not lines:
         return ""
-    return "## Answers\n\n" + _markdown(("model", "task", "right", "95 % interval", "paired"), lines)
+    return "## Answers\n\n" + markdown(("model", "task", "right", "95 % interval", "paired"), lines)
 
 
 def _right(asked: Row) -> str:
@@ -109,7 +110,7 @@ def _projections(report: Mapping[str, Any]) -> str:
         return ""
     return (
         "## Projected, not measured\n\nTokens per second that a device's published bandwidth allows at the "
-        "share of the ceiling that was reached here.\n\n" + _markdown(["model", *map(_e, profiles)], rows)
+        "share of the ceiling that was reached here.\n\n" + markdown(["model", *map(_e, profiles)], rows)
     )
 
 
@@ -121,11 +122,6 @@ def _conditions(report: Mapping[str, Any]) -> str:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shell)), default=0))
     block = [f"{fence}\n{shell}\n{fence}"] if shell else []
     return "\n\n".join(["## Conditions", "\n".join(lines), *block])
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def _e(value: object) -> str:

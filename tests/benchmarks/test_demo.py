@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import EXPORTS, demo
-from benchmarks.readme_tables import demo_table, full_shape_table
+from benchmarks.readme_exports import full_shape_table
+from benchmarks.readme_runs import demo_table
 from fox_edge.artifact import Artifact
 
 

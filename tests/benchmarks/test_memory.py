@@ -11,7 +11,7 @@ import pytest
 from benchmarks import memory as module
 from benchmarks.memory import CASES, compare, flags, main, table
 from benchmarks.processes.launch import run_worker
-from benchmarks.readme_tables import memory_table
+from benchmarks.readme_runs import memory_table
 from export.gguf import export_gguf
 from fox_edge import cli
 from fox_edge.artifact import Artifact

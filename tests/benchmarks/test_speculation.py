@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.processes.launch import run_worker
-from benchmarks.readme_tables import speculation_table
+from benchmarks.readme_runs import speculation_table
 from benchmarks.speculation import WAYS, prompts, rows
 from tests.benchmarks.test_memory import MACHINE
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.goals import GOALS, goal_rows, goals_text
-from benchmarks.readme_tables import gpu_table
+from benchmarks.readme_runs import gpu_table
 
 FLOORS = {
     "bandwidth": [{"bytes_per_s": 4.0e12}, {"bytes_per_s": 4.2e12}],
