@@ -160,7 +160,7 @@ def main() -> None:
     result = {
         "command": study_command("overhead"),
         "machine": machine(),
-        "conditions": describe(before, snapshot(), noise.percent),
+        "conditions": describe(before, snapshot(), noise.percent, noise.drift_percent),
         "limit_percent": LIMIT_PERCENT,
         "results": rows,
     }

@@ -152,12 +152,14 @@ def repeats_table(results: Mapping[str, Any]) -> str:
             f"{row['width_percent']:.1f}",
             f"{row['agreeing']} of {row['pairs']}",
             f"{row['agreeing_percent']:.1f}",
+            f"{row['by_rounds_alone_percent']:.1f}",
             f"{row['not_told_apart_percent']:.1f}",
         ]
         for row in results["results"]
     ]
     head = (
         *("figure", "interval's typical width, %", "pairs of runs that agree", "%"),
+        "by rounds alone, %",
         "not told apart by compare, %",
     )
     return measured(head, rows, results)

@@ -4,8 +4,9 @@
 
 Every run is a `bench` of its own, with its own rounds, medians and intervals. Two runs agree on a figure when
 their intervals have a value in common; counted over all pairs of runs, so that a machine that was another one
-an hour later shows. On a quiet machine that should be so 19 times of 20. Beside it, what a user would be
-told: how many pairs `fox-edge compare` does not tell apart, which knows of the noise that both runs found.
+an hour later shows. That should be so 19 times of 20. Beside it, how many would agree by the rounds alone, if
+intervals knew nothing of how the machine wanders, and what a user would be told: how many pairs `fox-edge
+compare` does not tell apart.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.common.results import study_command, write_results
 from benchmarks.common.table import Column, render
 from benchmarks.latency.bench import REPEATS, bench
+from benchmarks.latency.intervals import bootstrap_median
 from benchmarks.report.compare import compare_results
 from benchmarks.report.verdicts import SAME
 from fox_edge.errors import FoxEdgeError
@@ -73,6 +75,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         intervals = [run[figure]["interval"] for run in runs]
         medians = [run[figure]["median"] for run in runs]
         agreeing, pairs = agreement(intervals)
+        by_rounds, _ = agreement([bootstrap_median(run[figure]["samples"]) or (0.0, 0.0) for run in runs])
         widths = sorted(
             100 * (high - low) / median for (low, high), median in zip(intervals, medians, strict=True)
         )
@@ -85,6 +88,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "pairs": pairs,
                 "agreeing": agreeing,
                 "agreeing_percent": 100 * agreeing / pairs,
+                "by_rounds_alone_percent": 100 * by_rounds / pairs,
                 "not_told_apart": alike[figure],
                 "not_told_apart_percent": 100 * alike[figure] / pairs,
             }
@@ -130,6 +134,7 @@ COLUMNS = (
     Column("interval's width", "width_percent", "{:.1f} %"),
     Column("pairs that agree", "pairs_agreeing"),
     Column("share", "agreeing_percent", "{:.1f} %"),
+    Column("by rounds alone", "by_rounds_alone_percent", "{:.1f} %"),
     Column("not told apart", "not_told_apart_percent", "{:.1f} %"),
 )
 

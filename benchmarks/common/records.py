@@ -114,6 +114,7 @@ _AROUND: dict[str, Any] = {
         "temperature_c": {"before": "number", "after": "number"},
         "load_before": "number",
         "noise_percent": "number",
+        "drift_percent": "number",
         "noisy": "flag",
         "notes": ["text"],
         "card": {"name!": "text", "driver!": "text", "before": _CARD, "after": _CARD, "notes!": ["text"]},

@@ -102,7 +102,8 @@ def bench(
     after = snapshot()
     ceilings.measure()
     bounds.measure(ceilings.compute)
-    results = [_row(case, work, ceilings, page_cache, bounds) for case in cases]
+    drift = noise.drift_percent or 0.0
+    results = [_row(case, work, ceilings, page_cache, bounds, drift) for case in cases]
     rank_rows(results)
     notes = [f"{c.subject.spec}: {note}" for c in cases for run in c.runs for note in run.get("notes", ())]
     return {
@@ -110,7 +111,8 @@ def bench(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "conditions": describe(before, after, noise.percent, notes) | _card_after(cases, card),
+        "conditions": describe(before, after, noise.percent, noise.drift_percent, notes)
+        | _card_after(cases, card),
         "settings": {
             "workload": work.name,
             "prompt_tokens": work.prompt_tokens,
@@ -233,9 +235,12 @@ def _run(case: Case, cap_bytes: int | None) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _row(case: Case, work: Workload, ceilings: Ceilings, page_cache: str, bounds: Bounds) -> dict[str, Any]:
+def _row(
+    case: Case, work: Workload, ceilings: Ceilings, page_cache: str, bounds: Bounds, drift: float
+) -> dict[str, Any]:
     """One result, with what it was asked to do."""
     device = case.device
+    drift = 0.0 if device == CUDA else drift  # the processors' says nothing of a card's
     asked = {"workload": work.name, "users": case.users, "page_cache": page_cache, "device": device}
-    found = row(case.subject, case.runs, ceilings.of(case.subject, device), work.middle)
+    found = row(case.subject, case.runs, ceilings.of(case.subject, device), work.middle, drift)
     return found | bounds.beside(found, case.subject, work, case.needs, device) | asked | case.chosen

@@ -7,6 +7,7 @@ machines do. Knows Linux's files; not models, rounds or figures.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency.intervals import student_t
 from fox_edge.processors import available_cores
 
 SYS, PROC = Path("/sys"), Path("/proc")
@@ -145,6 +147,7 @@ class Noise:
 
     threads: int = field(default_factory=available_cores)
     rates: list[float] = field(default_factory=list)  # passes per second of every slice
+    probes: list[float] = field(default_factory=list)  # and over all slices of each probe
     _passes: int = 0
 
     def probe(self) -> None:
@@ -154,7 +157,9 @@ class Noise:
             self._slice(pool, block, 1)  # the threads start
             if not self._passes:
                 self._passes = max(1, round(_SLICE_S * self._slice(pool, block, 8)))
-            self.rates += [self._slice(pool, block, self._passes) for _ in range(_SLICES)]
+            found = [self._slice(pool, block, self._passes) for _ in range(_SLICES)]
+        self.rates += found
+        self.probes.append(statistics.harmonic_mean(found))
 
     @property
     def percent(self) -> float | None:
@@ -163,6 +168,18 @@ class Noise:
             return None
         cuts = statistics.quantiles(self.rates, n=20, method="inclusive")
         return 100 * (1 - cuts[0] / cuts[-1])
+
+    @property
+    def drift_percent(self) -> float | None:
+        """How well these moments stand for the machine: by how much its mean speed may be another, 95 %.
+
+        Student's interval of the mean of the probes' logarithms. None for fewer than three probes.
+        """
+        n = len(self.probes)
+        if n < 3:
+            return None
+        error = statistics.stdev(map(math.log, self.probes)) / math.sqrt(n)
+        return 100 * math.expm1(student_t(n - 1) * error)
 
     def _slice(self, pool: ThreadPoolExecutor, block: bytes, passes: int) -> float:
         def work(_: int) -> None:
@@ -175,7 +192,11 @@ class Noise:
 
 
 def describe(
-    before: Snapshot, after: Snapshot, noise_percent: float | None, notes: Sequence[str] = ()
+    before: Snapshot,
+    after: Snapshot,
+    noise_percent: float | None,
+    drift_percent: float | None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The conditions as reports carry them; equal notes are said once."""
     noisy = noise_percent is not None and noise_percent > NOISY_PERCENT
@@ -190,6 +211,7 @@ def describe(
         "temperature_c": {"before": before.temperature_c, "after": after.temperature_c},
         "load_before": before.load,
         "noise_percent": noise_percent,
+        "drift_percent": drift_percent,
         "noisy": noisy,
         "notes": list(dict.fromkeys(found)),
     }

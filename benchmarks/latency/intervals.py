@@ -31,6 +31,20 @@ def bootstrap_median(
     return float(low), float(high)
 
 
+def widened(interval: tuple[float, float], middle: float, drift_percent: float) -> tuple[float, float]:
+    """An interval of rounds that followed one another, as it is for rounds at any other time.
+
+    That the machine's mean speed is another then is a second, independent source of error: distances from
+    the middle, in logarithms, add as squares. Where something is not above 0 the interval stays.
+    """
+    if min(interval[0], middle) <= 0:
+        return interval
+    drift = math.log1p(drift_percent / 100)
+    down = math.hypot(math.log(middle / interval[0]), drift)
+    up = math.hypot(math.log(interval[1] / middle), drift)
+    return middle * math.exp(-down), middle * math.exp(up)
+
+
 def paired_ratio(
     a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.subject import Subject
 from benchmarks.devices.roofline import Bandwidth
-from benchmarks.latency.intervals import bootstrap_median, ranks
+from benchmarks.latency.intervals import bootstrap_median, ranks, widened
 
 # Figures whose median over the rounds is the result; their extremes are the spread.
 FIGURES = (
@@ -38,7 +38,11 @@ RANKED_BY = "decode_tokens_per_s"
 
 
 def row(
-    subject: Subject, runs: Sequence[dict[str, Any]], ceiling: Bandwidth | None, positions: int
+    subject: Subject,
+    runs: Sequence[dict[str, Any]],
+    ceiling: Bandwidth | None,
+    positions: int,
+    drift_percent: float,
 ) -> dict[str, Any]:
     """One result. A subject that died in one of its runs has 'error', and no figures."""
     # Users whose tokens came of one pass over the weights.
@@ -55,7 +59,7 @@ def row(
     }
     if "error" in runs[-1]:
         return {**known, "error": runs[-1]["error"]}
-    known |= figures(runs) | {key: runs[-1].get(key) for key in COUNTS}
+    known |= figures(runs, drift_percent) | {key: runs[-1].get(key) for key in COUNTS}
     known["runs"] = len(runs)
     most = None if ceiling is None else ceiling.bytes_per_s / known["bytes_per_token"]
     known["ceiling_tokens_per_s"] = most
@@ -64,11 +68,14 @@ def row(
     return known
 
 
-def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of all figures, None where no run has any; samples, spread and interval of those that do."""
+def figures(runs: Sequence[dict[str, Any]], drift_percent: float = 0.0) -> dict[str, Any]:
+    """Medians of all figures, None where no run has any; samples, spread and interval of those that do.
+
+    `drift_percent`: what the machine's own speed varied by, which widens the intervals of all but memory.
+    """
     samples = {key: [run[key] for run in runs if run.get(key) is not None] for key in FIGURES}
     samples = {key: values for key, values in samples.items() if values}
-    intervals = {key: bootstrap_median(values) for key, values in samples.items()}
+    intervals = {key: _interval(key, values, drift_percent) for key, values in samples.items()}
     return {
         **{key: _median(key, samples[key]) if key in samples else None for key in FIGURES},
         "samples": samples,
@@ -94,6 +101,13 @@ def rank_rows(rows: Sequence[dict[str, Any]]) -> None:
             if rank is not None:
                 same = [o for o, r in zip(ranked, found, strict=True) if r == rank and o is not row]
                 row["rank_shared_with"] = [other["artifact"] for other in same]
+
+
+def _interval(key: str, values: Sequence[float], drift_percent: float) -> tuple[float, float] | None:
+    found = bootstrap_median(values)
+    if found is None or key.endswith("_bytes"):
+        return found
+    return widened(found, statistics.median(values), drift_percent)
 
 
 def _median(key: str, values: Sequence[float]) -> float:

@@ -135,23 +135,31 @@ def write_report(report: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
     They are written whole under other names first, so that a full disk leaves what was there. Raises
     FoxEdgeError when they cannot be written.
     """
-    texts = (
-        json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        report_markdown(report),
-        report_html(report),
-    )
-    targets = tuple(folder / name for name in FILES)
+    return write_reports({folder: report})
+
+
+def write_reports(reports: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, ...]:
+    """The same for reports in folders of their own: all files of all folders, or none."""
+    texts = {folder / name: text for folder, r in reports.items() for name, text in _texts(r).items()}
+    folder = next(iter(reports))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        blocked = next((t for t in targets if t.is_dir()), None)
-        if blocked:
+        for folder in reports:
+            folder.mkdir(parents=True, exist_ok=True)
+        if blocked := next((target for target in texts if target.is_dir()), None):
             raise FoxEdgeError(f"{blocked}: the report cannot be written (a folder has its name)")
-        with partial_files(*targets) as partial:
-            for path, text in zip(partial, texts, strict=True):
+        with partial_files(*texts) as partial:
+            for path, (target, text) in zip(partial, texts.items(), strict=True):
+                folder = target.parent
                 path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FoxEdgeError(f"{folder}: the report cannot be written ({error.strerror})") from None
-    return targets
+    return tuple(texts)
+
+
+def _texts(report: Mapping[str, Any]) -> dict[str, str]:
+    """What each of FILES holds."""
+    record = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return dict(zip(FILES, (record, report_markdown(report), report_html(report)), strict=True))
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """One artifact before and after, figure by figure: a regression, an improvement, or not told apart.
 
-A change is one only when its 95 % interval leaves no change out, and when it is larger than a tolerance: for
-speeds and times on a noisy machine, than what the same work varied by there, since rounds of a few seconds do
-not see how such a machine drifts. Knows rows and intervals; not files, nor what two results must have in
-common for a figure to be judged.
+A change is one only when its 95 % interval leaves no change out, and when it is larger than a tolerance. The
+intervals of speeds and times are wider where the machine was unsteady. Knows rows and intervals; not files,
+nor what two results must have in common for a figure to be judged.
 """
 
 from __future__ import annotations
@@ -29,33 +28,34 @@ class _Figure:
     more_is_better: bool
     of: str  # 'machine', 'text' or 'artifact': what must be equal for a comparison to mean something
     exact: bool = False
-    timed: bool = False  # by a clock: other work on the machine shows in it
 
 
 _FIGURES = (
     _Figure("bytes", False, "artifact", exact=True),
-    _Figure("load_s", False, "machine", timed=True),
-    _Figure("time_to_first_token_s", False, "machine", timed=True),
-    _Figure("prompt_tokens_per_s", True, "machine", timed=True),
-    _Figure("decode_tokens_per_s", True, "machine", timed=True),
-    _Figure("total_tokens_per_s", True, "machine", timed=True),
-    _Figure("token_p95_s", False, "machine", timed=True),
-    _Figure("token_p99_s", False, "machine", timed=True),
+    _Figure("load_s", False, "machine"),
+    _Figure("time_to_first_token_s", False, "machine"),
+    _Figure("prompt_tokens_per_s", True, "machine"),
+    _Figure("decode_tokens_per_s", True, "machine"),
+    _Figure("total_tokens_per_s", True, "machine"),
+    _Figure("token_p95_s", False, "machine"),
+    _Figure("token_p99_s", False, "machine"),
     _Figure("peak_rss_bytes", False, "machine"),
     _Figure("anonymous_rss_bytes", False, "machine"),
     _Figure("peak_device_bytes", False, "machine"),
-    _Figure("energy_joules_per_token", False, "machine", timed=True),
-    _Figure("device_energy_joules_per_token", False, "machine", timed=True),
+    _Figure("energy_joules_per_token", False, "machine"),
+    _Figure("device_energy_joules_per_token", False, "machine"),
     _Figure("mean_kl_nats", False, "text"),
     _Figure("top1_agreement_percent", True, "text"),
 )
 
 
 def judge_row(
-    old: Row, new: Row, comparable: Mapping[str, bool], tolerance: float, noise: float
+    old: Row, new: Row, comparable: Mapping[str, bool], tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    """Every figure that both rows have. `comparable`: which kinds of figures may be judged; the others are
-    shares of a figure that a change must exceed, `noise` for what a clock measured.
+    """Every figure that both rows have.
+
+    `comparable`: which kinds of figures may be judged; `tolerance`: the share of a figure that a change must
+    exceed.
     """
     broken = [bool(r.get("error")) for r in (old, new)]
     if any(broken):
@@ -68,17 +68,14 @@ def judge_row(
         comparable = {**comparable, "text": False}
     for figure in _FIGURES:
         if old.get(figure.key) is not None and new.get(figure.key) is not None:
-            loud = noise if figure.timed else 0.0
-            yield _judged(figure, old, new, comparable[figure.of], tolerance, loud)
+            yield _judged(figure, old, new, comparable[figure.of], tolerance)
     for asked in old.get("tasks") or ():
         other = next((t for t in new.get("tasks") or () if t.get("task") == asked.get("task")), None)
         if other and asked.get("n") and other.get("n"):
             yield _accuracy(asked, other)
 
 
-def _judged(
-    figure: _Figure, old: Row, new: Row, comparable: bool, tolerance: float, noise: float
-) -> dict[str, Any]:
+def _judged(figure: _Figure, old: Row, new: Row, comparable: bool, tolerance: float) -> dict[str, Any]:
     """The ratio of one figure and what its interval says."""
     a, b = float(old[figure.key]), float(new[figure.key])
     between = (
@@ -88,7 +85,7 @@ def _judged(
     if not comparable:
         return result | {"verdict": UNJUDGED}
     apart = (a != b) if figure.exact else between is not None and not between[0] <= 1 <= between[1]
-    if apart and abs(b - a) > tolerance * abs(a) and min(a, b) < (1 - noise) * max(a, b):
+    if apart and abs(b - a) > tolerance * abs(a):
         result["verdict"] = BETTER if (b > a) == figure.more_is_better else WORSE
     return result
 

@@ -1,5 +1,6 @@
 """The parsers on made-up /sys and /proc trees, the noise probe on made-up rates, notes by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -67,13 +68,14 @@ def test_governors_that_differ_are_all_named(laptop):
 
 def test_a_system_that_tells_nothing_leaves_nothing(tmp_path):
     assert snapshot(tmp_path, tmp_path) == Snapshot(None, None, None, None, None)
-    empty = describe(snapshot(tmp_path, tmp_path), snapshot(tmp_path, tmp_path), None)
+    empty = describe(snapshot(tmp_path, tmp_path), snapshot(tmp_path, tmp_path), None, None)
     assert empty == {
         "governor": None,
         "frequency_hz": {"before": None, "after": None},
         "temperature_c": {"before": None, "after": None},
         "load_before": None,
         "noise_percent": None,
+        "drift_percent": None,
         "noisy": False,
         "notes": [],
     }
@@ -135,7 +137,7 @@ QUIET = Snapshot("performance", 3e9, 50.0, 0.1, Ticks(10.0, 0.0, 5.0, 100.0))
 
 def test_other_work_stolen_time_heat_and_falling_clocks_are_noted():
     later = Snapshot("performance", 2.4e9, 93.0, 2.0, Ticks(90.0, 5.0, 45.0, 200.0))
-    found = describe(QUIET, later, 4.0, ["not quite cold", "not quite cold"])
+    found = describe(QUIET, later, 4.0, 1.0, ["not quite cold", "not quite cold"])
     assert found["notes"] == [
         "not quite cold",
         "other processes used 40 % of the processors meanwhile",
@@ -153,7 +155,7 @@ def test_other_work_stolen_time_heat_and_falling_clocks_are_noted():
 
 
 def test_a_quiet_machine_needs_no_notes():
-    assert describe(QUIET, replace(QUIET, ticks=Ticks(52.0, 0.5, 45.0, 200.0)), 3.0)["notes"] == []
+    assert describe(QUIET, replace(QUIET, ticks=Ticks(52.0, 0.5, 45.0, 200.0)), 3.0, 1.0)["notes"] == []
 
 
 def test_noise_is_how_far_slow_and_fast_slices_lie_apart():
@@ -163,7 +165,7 @@ def test_noise_is_how_far_slow_and_fast_slices_lie_apart():
     assert Noise(1, rates=[90 + n / 5 for n in range(101)]).percent == pytest.approx(100 * (1 - 91 / 109))
     # However bad it is, there is no more than all to lose.
     assert 90 < Noise(1, rates=[1.0] * 9 + [1000.0] * 3).percent < 100
-    found = describe(QUIET, QUIET, 18.0)
+    found = describe(QUIET, QUIET, 18.0, 9.0)
     assert found["noisy"]
     assert "varies by 18 % here" in found["notes"][0]
     assert "between equal pieces of work: noisy;" in conditions_text(found)
@@ -173,5 +175,16 @@ def test_a_probe_measures_something():
     noise = Noise(2)
     noise.probe()
     noise.probe()
-    assert len(noise.rates) == 20
+    assert (len(noise.rates), len(noise.probes)) == (20, 2)
+    assert min(noise.rates) <= min(noise.probes) <= max(noise.probes) <= max(noise.rates)
     assert 0 <= noise.percent < 100
+
+
+def test_drift_is_student_s_interval_of_the_mean_of_the_probes():
+    # Logarithms -d, 0, d: their deviation is d, and Student's t for three of them 4.3027.
+    probes = [100 * math.exp(-0.1), 100.0, 100 * math.exp(0.1)]
+    assert Noise(1, probes=probes).drift_percent == pytest.approx(
+        100 * math.expm1(0.430265 / math.sqrt(3)), rel=1e-4
+    )
+    assert Noise(1, probes=[7.0] * 5).drift_percent == 0
+    assert Noise(1, probes=[1.0, 2.0]).drift_percent is None

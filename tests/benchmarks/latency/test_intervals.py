@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.latency.intervals import bootstrap_median, paired_ratio, ranks, student_t, told_apart
+from benchmarks.latency.intervals import (
+    bootstrap_median,
+    paired_ratio,
+    ranks,
+    student_t,
+    told_apart,
+    widened,
+)
 
 
 def exact_bounds(n: int) -> tuple[int, int]:
@@ -53,6 +60,33 @@ def test_the_true_median_is_held_about_as_often_as_promised():
 )
 def test_student_s_quantiles_are_the_tables(freedom, quantile):
     assert student_t(freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_an_interval_is_widened_by_hand():
+    # 100 in [90, 125] and half or double at any other time: in logarithms, roots of sums of squares.
+    down, up = math.hypot(math.log(100 / 90), math.log(2)), math.hypot(math.log(1.25), math.log(2))
+    found = widened((90, 125), 100, drift_percent=100)
+    assert found == pytest.approx((100 * math.exp(-down), 100 * math.exp(up)))
+    assert widened((90, 125), 100, 0) == pytest.approx((90, 125))
+    assert widened((0, 1), 0.5, 100) == (0, 1)
+
+
+def test_runs_on_a_machine_that_wanders_agree_once_their_intervals_know_of_it():
+    # The machine keeps its speed for a whole run, five rounds, and has another one in the next.
+    rng = np.random.default_rng(5)
+    runs = []
+    for _ in range(60):
+        speed = 100 * math.exp(rng.normal(0, 0.2))
+        rounds = speed * np.exp(rng.normal(0, 0.02, 5))
+        runs.append((bootstrap_median(rounds, resamples=400), float(np.median(rounds))))
+
+    def agreeing(intervals):
+        pairs = [(a, b) for n, a in enumerate(intervals) for b in intervals[:n]]
+        return sum(max(a[0], b[0]) <= min(a[1], b[1]) for a, b in pairs) / len(pairs)
+
+    assert agreeing([found for found, _ in runs]) < 0.3
+    drift = 100 * math.expm1(1.96 * 0.2)
+    assert agreeing([widened(found, middle, drift) for found, middle in runs]) > 0.95
 
 
 def test_a_paired_ratio_by_hand():

@@ -146,30 +146,14 @@ def test_versions_and_repeats_are_told_and_still_judged(save: Saver) -> None:
     assert found["regressions"] == 1
 
 
-@pytest.mark.parametrize(("speed", "verdict"), [(0.62, "not told apart"), (0.58, "regression")])
-def test_on_a_noisy_machine_a_speed_must_change_by_more_than_the_noise(
-    save: Saver, speed: float, verdict: str
-) -> None:
-    quiet = full_result()
-    row = quiet["results"][1]
-    slower = speed * row["decode_tokens_per_s"]
-    other = changed(full_result(), decode_tokens_per_s=slower, peak_rss_bytes=1.2 * row["peak_rss_bytes"])
-    for result in (quiet, other):
-        result["results"][1]["interval"]["peak_rss_bytes"] = 2 * [result["results"][1]["peak_rss_bytes"]]
-    quiet["conditions"] |= {"noisy": True, "noise_percent": 40.0}
-    other["conditions"] |= {"noisy": False, "noise_percent": 9.0}
-    before, after = save("a", quiet), save("b", other)
-    found = compare(before, after)
-    seen = figures(found)
-    assert seen["decode_tokens_per_s"]["verdict"] == verdict
-    assert seen["peak_rss_bytes"]["verdict"] == "regression"  # other work does not show in memory
-    assert found["noise_percent"] == 40
-    assert found["warnings"] == [
-        "the machine was noisy, the same work varied before by 40 %: speeds and times that differ by less "
-        "are not told apart"
+def test_a_noisy_machine_is_named(save: Saver) -> None:
+    loud, quiet = full_result(), full_result()
+    loud["conditions"] |= {"noisy": True, "noise_percent": 40.0}
+    quiet["conditions"] |= {"noisy": False, "noise_percent": 9.0}
+    assert compare(save("a", loud), save("b", quiet))["warnings"] == [
+        "the machine was noisy, the same work varied before by 40 %: the intervals of speeds and times are "
+        "wider by that"
     ]
-    back = figures(compare(after, before))["decode_tokens_per_s"]["verdict"]
-    assert back == verdict.replace("regression", "improvement")
 
 
 def test_a_run_that_fails_now_is_a_regression(save: Saver) -> None:
