@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks.common.machine import machine
 from benchmarks.common.results import medians, study_command, write_results
 from benchmarks.processes.commands import Cost, fox_edge, random_checkpoint, run, watch
+from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import say
 
@@ -103,7 +104,7 @@ def _told(command: Sequence[object], kill_at: float | None = None) -> tuple[Cost
         seconds = time.monotonic() - start
         watcher.join()
         if status and kill_at is None:
-            raise RuntimeError(f"{command[0]} ended with {status}: {''.join(said)[-2000:]}")
+            raise FoxEdgeError(f"{command[0]} ended with {status}: {''.join(said)[-2000:]}")
         out.seek(0)
         return Cost(seconds, peaks["VmHWM"], peaks["RssAnon"], out.read()), found
 

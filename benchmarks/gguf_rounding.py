@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,10 @@ from typing import Any
 from benchmarks.common.machine import machine
 from benchmarks.common.results import medians, study_command, write_results
 from benchmarks.fidelity.reference import ReferenceScorer
-from benchmarks.processes.commands import fox_edge, random_checkpoint
+from benchmarks.processes.commands import fox_edge, random_checkpoint, run
 from benchmarks.rounding import WINDOW, WINDOWS, measured, windows
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint
-from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 from fox_edge.quant import GGUF, PRESETS, mixed_rules
 from runtimes.llama_cpp.gguf_file import GgufFile
@@ -80,6 +77,8 @@ PEERS = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M"),
 )
+# So that sums are made in one order.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # What is promised about them: at most so much of the divergence of the peer's best of the same bytes or more.
 GOAL = 0.5
 PROMPT_TOKENS, DECODE_TOKENS, CONTEXT = 234, 64, 1024
@@ -133,13 +132,17 @@ def peer_exports(work: Path, checkpoint: Checkpoint, build: Path) -> Iterator[Pa
     text = read_calibration(tokenizer, checkpoint.config.max_positions)
     (work / "calibration.txt").write_text(tokenizer.decode(text.windows[:, 1:].flatten().tolist()), "utf-8")
     imatrix = work / "peer-imatrix.gguf"
-    _run(
-        *(build / "bin" / "llama-imatrix", "-m", artifact.model_path, "-f", work / "calibration.txt"),
-        *("-o", imatrix, "-c", text.windows.shape[1], "-t", 1, "--parse-special"),
+    run(
+        [
+            *(build / "bin" / "llama-imatrix", "-m", artifact.model_path, "-f", work / "calibration.txt"),
+            *("-o", imatrix, "-c", text.windows.shape[1], "-t", 1, "--parse-special"),
+        ],
+        env=_ONE_THREAD,
     )
     for quant in PEERS:
         file = work / f"peer-{quant}.gguf"
-        _run(build / "bin" / "llama-quantize", "--imatrix", imatrix, artifact.model_path, file, quant, 1)
+        quantize = (build / "bin" / "llama-quantize", "--imatrix", imatrix, artifact.model_path)
+        run([*quantize, file, quant, 1], env=_ONE_THREAD)
         yield as_artifact(work / f"peer-{quant}", artifact, file)
 
 
@@ -155,18 +158,6 @@ def as_artifact(folder: Path, whole: Artifact, file: Path) -> Path:
     stored.close()
     (folder / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
     return folder
-
-
-def _run(*command: object) -> None:
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise FoxEdgeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-1000:]}")
 
 
 # --- what is said of it ----------------------------------------------------------------------------------

@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ from benchmarks.fidelity.divergence import look, perplexities, side_by_side, sum
 from benchmarks.fidelity.job import session_logits
 from benchmarks.fidelity.reference import ReferenceHead, hidden_states
 from benchmarks.fidelity.texts import WINDOW, Windows, built_in_text, read_windows
-from benchmarks.processes.commands import fox_edge
+from benchmarks.processes.commands import fox_edge, run
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
@@ -184,7 +182,7 @@ class Theirs:
         """
         whole = self._work / "checkpoint-f32.gguf"
         convert = [sys.executable, self._source / "convert_hf_to_gguf.py", checkpoint.path]
-        _run(
+        run(
             [*convert, "--outfile", whole, "--outtype", "f32"],
             {"PYTHONPATH": str(self._source / "gguf-py")},
         )
@@ -201,7 +199,8 @@ class Theirs:
         command = [self._build / "bin" / "llama-perplexity", "--model", model, "--ctx-size", self._window]
         command += ["--threads", self._threads, "--gpu-layers", 0, "--flash-attn", "off"]
         command += ["--kl-divergence-base", self._base]
-        return _run([*command, *words])
+        cost = run([*command, *words])
+        return cost.stdout + cost.stderr
 
 
 def check_tokens(base: Path, text: Windows) -> None:
@@ -217,21 +216,6 @@ def check_tokens(base: Path, text: Windows) -> None:
     theirs, ours = found[5:].reshape(count, length)[:, 1:], np.array(text.windows)[:, 1:]
     if differing := int((theirs != ours).sum()):
         raise FoxEdgeError(f"{base}: {differing} of {ours.size} tokens are not the checkpoint's")
-
-
-def _run(command: Sequence[object], env: dict[str, str] | None = None) -> str:
-    """Run a command of theirs; its output, both streams. Raises FoxEdgeError when it fails."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | (env or {}),
-    )
-    if done.returncode:
-        raise FoxEdgeError(f"{command[0]} ended with {done.returncode}: {done.stdout[-1000:]}")
-    return done.stdout
 
 
 def compared(name: str, ours: dict[str, Any], theirs: dict[str, float]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.common.subject import Subject, open_subject
 from benchmarks.devices.profiles import PROFILES
 from benchmarks.fidelity.task import evaluate_fidelity
 from benchmarks.latency.rows import rank_rows
-from benchmarks.report.document import make_report, need_folder, report_text, write_report
+from benchmarks.report.document import make_report, need_folder, report_text, write_reports
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
@@ -90,8 +90,7 @@ def study(
         found.append(Written(folder / _folder_name(name) if len(models) > 1 else folder, report))
     for written in found:
         need_folder(written.folder)
-    for written in found:
-        write_report(written.report, written.folder)
+    write_reports({written.folder: written.report for written in found})
     return found
 
 

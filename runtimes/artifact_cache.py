@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import secrets
 from pathlib import Path
 from typing import Any
+
+from fox_edge.partial import write_whole
 
 FOLDER = ".fox-edge"
 _MAX_RECORD_BYTES = 8 << 20
@@ -32,12 +33,7 @@ def write_record(path: Path, fields: dict[str, Any]) -> None:
     """Write a record whole or not at all; raises OSError."""
     text = json.dumps(fields)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    partial = path.with_name(f"{secrets.token_hex(8)}.partial")
-    try:
-        partial.write_text(f"{digest}\n{text}\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, f"{digest}\n{text}\n")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fox_edge.errors import FoxEdgeError
 from fox_edge.progress import say
 
 _SAMPLE_S = 0.02
@@ -30,10 +31,11 @@ class Cost:
     peak_rss_bytes: int
     peak_anonymous_bytes: int
     stdout: str
+    stderr: str = ""
 
 
 def run(command: Sequence[object], env: dict[str, str] | None = None) -> Cost:
-    """Run a command to its end; raises RuntimeError with its last words when it fails."""
+    """Run a command to its end; raises FoxEdgeError with its last words when it fails."""
     say("$ " + " ".join(map(str, command)))
     start = time.monotonic()
     process = subprocess.Popen(
@@ -41,6 +43,7 @@ def run(command: Sequence[object], env: dict[str, str] | None = None) -> Cost:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         env=os.environ | (env or {}),
     )
     peaks = {"VmHWM": 0, "RssAnon": 0}
@@ -50,8 +53,8 @@ def run(command: Sequence[object], env: dict[str, str] | None = None) -> Cost:
     seconds = time.monotonic() - start
     watcher.join()
     if process.returncode:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {err[-2000:]}")
-    return Cost(seconds, peaks["VmHWM"], peaks["RssAnon"], out)
+        raise FoxEdgeError(f"{command[0]} ended with {process.returncode}: {(err or out)[-2000:]}")
+    return Cost(seconds, peaks["VmHWM"], peaks["RssAnon"], out, err)
 
 
 def watch(process: subprocess.Popen[str], peaks: dict[str, int]) -> None:

@@ -5,16 +5,14 @@ Knows files. Does not know sessions; what it reads was perhaps edited by hand, o
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fox_edge.errors import ConversationError, FoxEdgeError
+from fox_edge.partial import write_whole
 from runtimes.chat.chat import Turn
 from runtimes.sampling import Sampling
 
@@ -48,18 +46,8 @@ def save(conversation: Conversation, path: Path) -> Path:
             ) from None
     text = json.dumps(_to_json(conversation), ensure_ascii=False, indent=1) + "\n"
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        try:
-            # A lone surrogate, pasted from somewhere, is no text that a file could hold.
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(partial).unlink()
-            raise
+        # A lone surrogate, pasted from somewhere, is no text that a file could hold.
+        write_whole(path, text.encode(errors="replace").decode())
     except OSError as error:
         raise ConversationError(f"{path}: cannot be written ({error.strerror})") from None
     return path

@@ -141,6 +141,19 @@ def test_exports_of_two_models_get_a_report_each(tmp_path: Path, checkpoint: Che
     assert study_text(written).count("report.html") == 2
 
 
+def test_the_reports_of_two_models_are_written_all_or_none(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    folder, bench = two_models(tmp_path, checkpoint, "small")
+    first, second = (tmp_path / "report" / name for name in ("nano", "small"))
+    study([SPEC, folder], tmp_path / "report", lambda: bench)
+    before = (first / "report.json").read_bytes()
+    (second / "report.html").unlink()
+    (second / "report.html").mkdir()
+    with pytest.raises(FoxEdgeError, match=r"small/report\.html: the report cannot be written"):
+        study([SPEC, folder], tmp_path / "report", lambda: bench | {"command": "another"})
+    assert (first / "report.json").read_bytes() == before
+    assert not [path for path in (tmp_path / "report").rglob("*") if path.name.endswith(".partial")]
+
+
 def test_one_checkpoint_is_no_reference_for_two_models(tmp_path: Path, checkpoint: Checkpoint) -> None:
     folder, _ = two_models(tmp_path, checkpoint, "small")
     with pytest.raises(FoxEdgeError, match="exports of one model, but these are of 2: nano, small"):
