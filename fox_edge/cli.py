@@ -153,10 +153,11 @@ def _verify(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> None:
     from fox_edge.errors import MissingPackageError
     from fox_edge.inspection import inspect, inspect_text
-    from runtimes.base import SessionOptions, is_foreign, open_model
+    from runtimes.base import SessionOptions, is_foreign, open_model, split_prefix
     from runtimes.footprint import footprint, footprint_text
 
-    path = Path(args.target)
+    _, target = split_prefix(args.target)
+    path = Path(target)
     try:
         # First, while this process holds nothing that a session's would not.
         memory = footprint(args.target, SessionOptions(context=args.context, **_session(args)))
@@ -164,7 +165,7 @@ def _inspect(args: argparse.Namespace) -> None:
     except MissingPackageError as error:
         memory, lines = None, [f"what memory it takes is not known: {error}"]
     model: Any = open_model(path) if is_foreign(path) else None
-    result = model.inspect() if model else inspect(args.target)
+    result = model.inspect() if model else inspect(target)
     _print(args, result | {"memory": memory}, lambda r: "\n".join([inspect_text(r), *lines]))
 
 

@@ -102,7 +102,11 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     _threads(verify)
 
     inspect = verb("inspect", "show what is in a checkpoint or artifact, and the memory it will take")
-    inspect.add_argument("target", metavar="CHECKPOINT|ARTIFACT")
+    inspect.add_argument(
+        "target",
+        metavar="CHECKPOINT|ARTIFACT",
+        help="with torch: or cuda: before it, the memory that it takes there",
+    )
     inspect.add_argument("--context", type=_positive, help="tokens of context to reckon with")
     _session_options(inspect)
 

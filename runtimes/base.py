@@ -253,7 +253,8 @@ class Runtime(NamedTuple):
     """One row of the registry: what a runtime is called, and the class that opens a model in it.
 
     `session` is "module:class", constructed with (what it `opens`, SessionOptions), and has a static `need`.
-    "model" is an artifact or a checkpoint, whichever the path holds. `quant` is what a checkpoint's weights
+    "model" is an artifact or a checkpoint, whichever the path holds. A class whose sessions are in a device's
+    memory has a static `room`, too. `quant` is what a checkpoint's weights
     become. `kv` is whose types its cache has (kv_types), where that is not the artifact's format. `converts`:
     weights lie in memory otherwise than in the file, and the session class's `held_bytes` tells how many.
     `batch` is how many conversations an evaluation lets step together if nobody says another number; 0 where

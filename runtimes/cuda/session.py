@@ -32,7 +32,7 @@ from runtimes.cuda.model import Model, Row
 from runtimes.cuda.need import device_room, memory_need, name_of
 from runtimes.cuda.sources import open_source
 from runtimes.cuda.weights import Ruler, lay_out
-from runtimes.memory import MemoryNeed, fitting_context
+from runtimes.memory import MemoryNeed, Room, fitting_context
 from runtimes.sampling import Choice
 
 # Tokens of a prompt between two steps of others: on a GPU some 4 ms.
@@ -87,6 +87,14 @@ class CudaSession:
             return ruler.nbytes, laid_out.embedding.nbytes
         finally:
             weights.close()
+
+    @staticmethod
+    def room(options: SessionOptions) -> Room | str | None:
+        """Where it would be opened: a GPU's memory, why there is none, or None for the process's own."""
+        if options.device == CPU:
+            return None
+        found = find_gpu()
+        return found if isinstance(found, str) else device_room(_current())
 
     @property
     def length(self) -> int:
@@ -248,6 +256,10 @@ def _device(options: SessionOptions, what: str) -> torch.device:
     found = find_gpu()
     if isinstance(found, str):
         raise FoxEdgeError(f"{what} cannot be opened on a GPU: {found}")
+    return _current()
+
+
+def _current() -> torch.device:
     return torch.device(CUDA, torch.cuda.current_device())
 
 

@@ -6,11 +6,13 @@ There is no GPU: what it would say of its memory is faked, up to where weights w
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from fox_edge import cli
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.config import FoxConfig
 from fox_edge.errors import FoxEdgeError, NotEnoughMemoryError
@@ -122,6 +124,31 @@ def test_as_much_context_as_fits_is_opened(
     with pytest.raises(NotEnoughMemoryError, match="was taken by others while the model was loaded"):
         CudaSession(nano, SessionOptions(conversations=4))
     assert opened == [300]
+
+
+def test_inspect_tells_what_a_gpu_would_hold(
+    gpu: Fake, nano: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = CudaInt4Session.need(nano, SessionOptions(context=100))
+    gpu(free=found.total(100) + 50, total=1 * GB)
+    assert cli.main(["inspect", "cuda-int4:nano", "--context", "100", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == "checkpoint"
+    memory = told["memory"]
+    assert (memory["weights_bytes"], memory["total_bytes"]) == (found.weights, found.total(100))
+    assert memory["on_device"] and memory["largest_context"] == 100 and memory["kv"] == "bfloat16"
+    assert cli.main(["inspect", "cuda-int4:nano", "--context", "100"]) == 0
+    sum_line, beside, fits = capsys.readouterr().out.splitlines()[-3:]
+    assert sum_line.startswith("memory of the GPU at 100 tokens in cuda: weights")
+    assert beside.startswith("beside it, of this machine's: tokenizer") and " + process " in beside
+    assert fits.endswith("of the GPU's 1,000 MB are free: a context of up to 100 tokens fits")
+    monkeypatch.setattr(session, "find_gpu", lambda: "no NVIDIA driver was found")
+    assert cli.main(["inspect", "cuda:nano"]) == 0
+    assert capsys.readouterr().out.endswith("it cannot be opened here: no NVIDIA driver was found\n")
+    assert cli.main(["inspect", "cuda:nano", "--device", "cpu", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    parts = ("weights_bytes", "kv_bytes", "buffers_bytes", "tokenizer_bytes", "process_bytes")
+    assert memory["total_bytes"] == sum(memory[part] for part in parts) and not memory["on_device"]
 
 
 def test_without_a_gpu_one_sentence_says_what_was_found(
