@@ -126,8 +126,8 @@ class Prompts:
         reach = bias.shape[1]
         if not reach:
             return _attention(q, k, v)
-        held = (part[:, :, :reach].index_select(0, slots[:1])[0] for part in (keys, values))
-        return _biased_attention(q, *held, bias)
+        past_keys, past_values = (part[:, :, :reach].index_select(0, slots[:1])[0] for part in (keys, values))
+        return _biased_attention(q, past_keys, past_values, bias)
 
     def _pass(self, ids: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         """Tokens (T,), turned by cos and sin (T, D/2) -> (T, C)."""
