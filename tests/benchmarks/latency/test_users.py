@@ -131,7 +131,7 @@ def test_the_ceiling_of_users_who_step_together_counts_the_weights_once():
     cache = 100 * subject.kv_bytes_per_position
     assert 4 * (four - cache) == pytest.approx(alone - cache, abs=4)
     run = {"total_tokens_per_s": 50.0, "decode_tokens_per_s": 12.5, "together": 4}
-    found = row(subject, [run], Bandwidth(1e9, "by hand", 0, 1, {}), 100)
+    found = row(subject, [run], Bandwidth(1e9, "by hand", 0, 1, {}), 100, 0.0)
     assert (found["together"], found["bytes_per_token"]) == (4, four)
     assert found["roofline_percent"] == pytest.approx(100 * 50 * four / 1e9)
 
