@@ -1,1 +1,1 @@
-"""A page that opens an exported ONNX folder in the browser, and the small server that hands it out."""
+"""A page that opens GGUF files and ONNX folders in the browser, its server, and what drives a browser."""

@@ -1,4 +1,4 @@
-"""`python -m runtimes.browser FOLDER`: an exported ONNX folder in the browser."""
+"""`python -m runtimes.browser [FOLDER]`: a GGUF or ONNX export in the browser, or what is dropped there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from runtimes.browser.server import serve
 def main() -> int:
     """Serve until interrupted; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m runtimes.browser", description=__doc__)
-    parser.add_argument("folder", type=Path, help="an ONNX export")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="a GGUF or ONNX export (default: the page waits for a drop)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     args = parser.parse_args()
     try:
-        server = serve(Artifact.open(args.folder), args.port)
+        server = serve(args.folder and Artifact.open(args.folder), args.port)
     except FoxEdgeError as error:
         say(f"runtimes.browser: {error}")
         return 2

@@ -12,10 +12,10 @@ const PAST = "past_key_values.";
 
 export class Engine {
   /**
-   * Fetch the model and start a session. `onBytes(done, total)` follows the weights.
+   * Fetch the model and start a session of at most `context` tokens. `onBytes(done, total)` follows the weights.
    * Threads need a page that is cross-origin isolated; without that there is one.
    */
-  static async open(folder, { threads = 1, onBytes } = {}) {
+  static async open(folder, { threads = 1, context, onBytes } = {}) {
     ort.env.wasm.numThreads = self.crossOriginIsolated ? threads : 1;
     ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
     const [config, graph, data] = await Promise.all([
@@ -28,13 +28,14 @@ export class Engine {
       externalData: [{ path: DATA_FILE, data }],
       logSeverityLevel: 3,
     });
-    return new Engine(session, config, graph.length + data.length, ort.env.wasm.numThreads);
+    const most = Math.min(context ?? Infinity, config.max_position_embeddings);
+    return new Engine(session, config, most, graph.length + data.length, ort.env.wasm.numThreads);
   }
 
-  constructor(session, config, bytes, threads) {
+  constructor(session, config, context, bytes, threads) {
     this.bytes = bytes;
     this.threads = threads;
-    this.context = config.max_position_embeddings;
+    this.context = context;
     this.vocabSize = config.vocab_size;
     this.session = session;
     this.heads = config.num_key_value_heads ?? config.num_attention_heads;

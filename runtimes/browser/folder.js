@@ -1,27 +1,79 @@
-// A model folder behind a URL: fetches its files and says how far it is. Knows names and bytes, not what they mean.
+// Where a model's files are: behind a URL, or dropped on the page. Knows names and bytes, not what they mean.
+//
+// Both kinds of folder have: name, has(file), names(), json(file), text(file), bytes(file, onBytes), blob(file,
+// onBytes). `onBytes(done, total)` is called as bytes arrive (total 0: the server did not say).
 
-export class ModelFolder {
-  constructor(url) {
-    this.url = url.endsWith("/") ? url : `${url}/`;
-  }
-
+class Folder {
   /** A small JSON file, parsed. */
-  async json(name) {
-    return JSON.parse(await this.text(name));
+  async json(file) {
+    const text = await this.text(file);
+    try {
+      return JSON.parse(text);
+    } catch {
+      throw new Error(`${file} is not JSON`);
+    }
   }
 
   /** A small text file. */
-  async text(name) {
-    return (await this.#fetch(name)).text();
+  async text(file) {
+    return (await this.blob(file)).text();
+  }
+}
+
+/** Files that the user dropped or chose: [[path, File], ...]. */
+export class DroppedFolder extends Folder {
+  constructor(files) {
+    super();
+    const top = files[0]?.[0].split("/")[0] ?? "";
+    const nested = files.length > 0 && files.every(([path]) => path.startsWith(`${top}/`));
+    this.name = nested ? top : files.length === 1 ? top : "what was dropped";
+    this.files = new Map(files.map(([path, file]) => [nested ? path.slice(top.length + 1) : path, file]));
   }
 
-  /** A file as bytes; `onBytes(done, total)` is called as they arrive (total 0: the server did not say). */
-  async bytes(name, onBytes = () => {}) {
-    const response = await this.#fetch(name);
+  names() {
+    return [...this.files.keys()];
+  }
+
+  async blob(file, onBytes = () => {}) {
+    const found = this.files.get(file);
+    if (!found) throw new Error(`${this.name} has no ${file}`);
+    onBytes(found.size, found.size);
+    return found;
+  }
+
+  async bytes(file, onBytes) {
+    return new Uint8Array(await (await this.blob(file, onBytes)).arrayBuffer());
+  }
+}
+
+/** A folder that a server hands out; its manifest.json names the files. */
+export class ServedFolder extends Folder {
+  static async open(url) {
+    const folder = new ServedFolder(url);
+    folder.manifest = await folder.json("manifest.json");
+    folder.name = folder.manifest.checkpoint ?? "the served folder";
+    return folder;
+  }
+
+  constructor(url) {
+    super();
+    this.url = url.endsWith("/") ? url : `${url}/`;
+  }
+
+  names() {
+    return Object.keys(this.manifest.files ?? {});
+  }
+
+  async blob(file, onBytes) {
+    return new Blob([await this.bytes(file, onBytes)]);
+  }
+
+  /** A file as bytes; one buffer of the announced size is filled in place, so that it is held once. */
+  async bytes(file, onBytes = () => {}) {
+    const response = await this.#fetch(file);
     const total = Number(response.headers.get("content-length") ?? 0);
     const parts = [];
     let done = 0;
-    // One buffer of the announced size is filled in place, so that a large file is held once and not twice.
     let whole = total ? new Uint8Array(total) : null;
     const reader = response.body.getReader();
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
@@ -31,7 +83,7 @@ export class ModelFolder {
       onBytes(done, total);
     }
     if (whole && done === total) return whole;
-    if (whole) throw new Error(`${name}: ${done} bytes came, but ${total} were announced`);
+    if (whole) throw new Error(`${file}: ${done} bytes came, but ${total} were announced`);
     whole = new Uint8Array(done);
     let at = 0;
     for (const part of parts) {
@@ -41,9 +93,9 @@ export class ModelFolder {
     return whole;
   }
 
-  async #fetch(name) {
-    const response = await fetch(new URL(name, this.url));
-    if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
+  async #fetch(file) {
+    const response = await fetch(new URL(file, this.url));
+    if (!response.ok) throw new Error(`${file}: the server answered ${response.status}`);
     return response;
   }
 }

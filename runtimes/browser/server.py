@@ -1,4 +1,4 @@
-"""Hands the page and one exported folder to a browser on this machine.
+"""Hands the page, and an exported folder where one is to be opened, to a browser on this machine.
 
 Knows HTTP and which files there are; neither the model nor what the page does with it. Listens on the
 loopback address only, answers GET and HEAD, and gives out the files that it listed when it started: a request
@@ -7,6 +7,8 @@ can name none beyond them.
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from functools import partial
 from http import HTTPStatus
@@ -16,16 +18,23 @@ from urllib.parse import unquote, urlsplit
 
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ArtifactError, FoxEdgeError
-from fox_edge.quant import ONNX
+from fox_edge.quant import GGUF, ONNX
 
 HERE = Path(__file__).parent
 PAGE_FILES = (
     "index.html",
     "style.css",
+    "page.css",
     "page.js",
+    "drop.js",
+    "features.js",
     "worker.js",
-    "engine.js",
+    "memory.js",
     "folder.js",
+    "gguf.js",
+    "llama.js",
+    "onnx.js",
+    "engine.js",
     "generate.js",
     "tokenizer.js",
 )
@@ -35,7 +44,14 @@ VENDORED = (
     "ort-wasm-simd-threaded.wasm",
     "ort.wasm.min.mjs",
     "tokenizers.min.mjs",
+    "wllama-compat.js",
+    "wllama-compat.wasm",
+    "wllama.mjs",
+    "wllama.wasm",
 )
+# What the page asks for first: where the model is that it shall open.
+SERVED = "served.json"
+FORMATS = (GGUF, ONNX)
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -54,22 +70,24 @@ _HEADERS = {
 }
 
 
-def serve(artifact: Artifact, port: int = 0) -> ThreadingHTTPServer:
-    """A server that is ready for `serve_forever`; `port` 0 takes a free one.
+def serve(artifact: Artifact | None, port: int = 0) -> ThreadingHTTPServer:
+    """A server that is ready for `serve_forever`; `port` 0 takes a free one. None: what is dropped is opened.
 
-    Raises ArtifactError for an artifact that is no ONNX model, FoxEdgeError when the page's packages were not
-    put into vendor/ or the port is taken.
+    Raises ArtifactError for an artifact that the page cannot open, FoxEdgeError when the page's packages were
+    not put into vendor/ or the port is taken.
     """
-    if artifact.manifest.format != ONNX:
+    if artifact is not None and artifact.manifest.format not in FORMATS:
         raise ArtifactError(
-            f"{artifact.path}: is {artifact.manifest.format}, but the page opens {ONNX} folders"
+            f"{artifact.path}: is {artifact.manifest.format}, but the page opens {' and '.join(FORMATS)}"
         )
-    files = {name: HERE / name for name in PAGE_FILES}
+    files: dict[str, Path | bytes] = {name: HERE / name for name in PAGE_FILES}
     files |= {f"vendor/{name}": HERE / "vendor" / name for name in VENDORED}
-    missing = next((name for name, path in files.items() if not path.is_file()), None)
+    missing = next((name for name in files if not (HERE / name).is_file()), None)
     if missing is not None:
         raise FoxEdgeError(f"{missing} is missing: build the page with `npm ci && npm run vendor` in {HERE}")
-    files |= {f"model/{name}": artifact.path / name for name in (MANIFEST, *artifact.manifest.files)}
+    if artifact is not None:
+        files |= {f"model/{name}": artifact.path / name for name in (MANIFEST, *artifact.manifest.files)}
+    files[SERVED] = json.dumps({"model": None if artifact is None else "model/"}).encode()
     files[""] = files["index.html"]
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, files))
@@ -82,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, files: dict[str, Path], *arguments: object) -> None:
+    def __init__(self, files: dict[str, Path | bytes], *arguments: object) -> None:
         self.files = files
         super().__init__(*arguments)  # type: ignore[arg-type]
 
@@ -95,14 +113,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, with_body: bool) -> None:
-        path = self.files.get(unquote(urlsplit(self.path).path).removeprefix("/"))
-        if path is None or not path.is_file():
+        name = unquote(urlsplit(self.path).path).removeprefix("/")
+        found = self.files.get(name)
+        if found is None or (isinstance(found, Path) and not found.is_file()):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        with path.open("rb") as file:
+        with found.open("rb") if isinstance(found, Path) else io.BytesIO(found) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
             self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", _TYPES.get(path.suffix, "application/octet-stream"))
-            self.send_header("Content-Length", str(path.stat().st_size))
+            kind = _TYPES.get(Path(name or "index.html").suffix, "application/octet-stream")
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(size))
             for name, value in _HEADERS.items():
                 self.send_header(name, value)
             self.end_headers()

@@ -13,10 +13,19 @@ const FILES = {
     ["dist/ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.mjs"],
     ["dist/ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.wasm"],
   ],
+  "@wllama/wllama": [
+    ["esm/index.min.js", "wllama.mjs"],
+    ["esm/wasm/wllama.wasm", "wllama.wasm"],
+  ],
+  // For browsers that cannot suspend WebAssembly or give it 64-bit addresses.
+  "@wllama/wllama-compat": [
+    ["wasm/wllama.js", "wllama-compat.js"],
+    ["wasm/wllama.wasm", "wllama-compat.wasm"],
+  ],
   "@huggingface/tokenizers": [["dist/tokenizers.min.mjs", "tokenizers.min.mjs"]],
   "@huggingface/jinja": [["dist/index.js", "jinja.mjs"]],
 };
-const LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md"];
+const LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"];
 
 const target = join(HERE, "vendor");
 rmSync(target, { recursive: true, force: true });

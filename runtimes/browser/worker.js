@@ -1,80 +1,70 @@
 // The model's own thread, so that the page stays alive while it computes. Takes messages, gives messages:
 //
-//   { open: url, threads }          -> { progress: { done, total } } ..., { opened: { ... } }
+//   { open: { url | files, threads, context } }  -> { progress: { done, total } } ..., { opened: { ... } }
 //   { ask: messages, maxTokens }    -> { text } ... (the whole answer so far), { answered: { ... } }
+//   { converse: turns, decodeTokens } -> { conversed: [...] }
 //   { stop: true }                  ends the answer after the next token
 //   and { failed: sentence } whenever something did not work
+//
+// Knows which kind of model lies in a folder; what runs it is llama.js or onnx.js.
 
-import { Engine } from "./engine.js";
-import { ModelFolder } from "./folder.js";
-import { Conversation } from "./generate.js";
-import { ChatTokenizer } from "./tokenizer.js";
+import { inWords } from "./features.js";
+import { DroppedFolder, ServedFolder } from "./folder.js";
+import { watchMemory } from "./memory.js";
 
-let engine, tokenizer, conversation;
-let stopping = false;
+// Before any library is imported: it may make its memory at once.
+const memory = watchMemory();
+const ONNX_FILES = ["model.onnx", "model.onnx_data"];
 
-/** Let waiting messages in (a stop); awaiting the session alone never does. */
-function breathe() {
-  return new Promise((resolve) => {
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => {
-      port1.close();
-      resolve();
-    };
-    port2.postMessage(null);
-  });
+let model = null;
+let stop = new AbortController();
+
+async function open({ url, files, threads, context }) {
+  const folder = files ? new DroppedFolder(files) : await ServedFolder.open(url);
+  const onBytes = (done, total) => postMessage({ progress: { done, total } });
+  model = await openFolder(folder, { threads, context, onBytes });
+  const title = folder.manifest && `${folder.name}, ${folder.manifest.format.toUpperCase()} ${folder.manifest.quant}`;
+  postMessage({ opened: { title: title ?? model.about.name, ...model.about, memoryBytes: await model.memory() } });
 }
 
-const seconds = (since) => (performance.now() - since) / 1000;
-
-async function open(url, threads) {
-  const start = performance.now();
-  const folder = new ModelFolder(url);
-  const onBytes = (done, total) => postMessage({ progress: { done, total } });
-  [tokenizer, engine] = await Promise.all([
-    ChatTokenizer.open(folder),
-    Engine.open(folder, { threads, onBytes }),
-  ]);
-  conversation = new Conversation(engine, tokenizer.stopIds);
-  const { bytes, context, threads: used } = engine;
-  postMessage({ opened: { bytes, context, threads: used, loadSeconds: seconds(start) } });
+/** Whichever kind of model it is; throws an Error that says what was looked for. */
+async function openFolder(folder, options) {
+  const names = folder.names();
+  const files = names.filter((name) => name.toLowerCase().endsWith(".gguf"));
+  // A single file is taken at its word: what it is not, its first bytes tell.
+  if (names.length === 1 && !ONNX_FILES.includes(names[0])) files.splice(0, 1, names[0]);
+  if (files.length > 1) throw new Error(`${folder.name} has ${files.length} GGUF files: drop the one that is meant`);
+  if (files.length) {
+    const { LlamaModel } = await import("./llama.js");
+    return LlamaModel.open(await folder.blob(files[0], options.onBytes), files[0], options);
+  }
+  const missing = ONNX_FILES.find((name) => !names.includes(name));
+  if (missing) throw new Error(`${folder.name} is not a model: it has neither a .gguf file nor ${missing}`);
+  const { OnnxModel } = await import("./onnx.js");
+  return OnnxModel.open(folder, { ...options, memory });
 }
 
 async function ask(messages, maxTokens) {
-  stopping = false;
-  const start = performance.now();
-  const prompt = tokenizer.encodeChat(messages);
-  const answer = conversation.answer(prompt, { maxTokens, stopped: () => stopping });
-  const ids = [];
-  let first = 0;
-  let last = 0;
-  let step = await answer.next();
-  for (; !step.done; step = await answer.next()) {
-    last = seconds(start);
-    first ||= last;
-    ids.push(step.value);
-    postMessage({ text: tokenizer.decodeSoFar(ids) });
-    await breathe();
-  }
-  postMessage({
-    answered: {
-      text: tokenizer.decode(ids),
-      ids,
-      ...step.value,
-      promptTokens: prompt.length,
-      firstTokenSeconds: first || seconds(start),
-      decodeTokensPerSecond: ids.length > 1 ? (ids.length - 1) / (last - first) : null,
-    },
-  });
+  stop = new AbortController();
+  const onText = (text) => postMessage({ text });
+  const answered = await model.answer(messages, { maxTokens, signal: stop.signal, onText });
+  postMessage({ answered: { ...answered, memoryBytes: await model.memory() } });
+}
+
+async function converse(turns, decodeTokens) {
+  postMessage({ conversed: await model.converse(turns, decodeTokens) });
 }
 
 // One thing after the other; only a stop overtakes.
 let busy = Promise.resolve();
 onmessage = ({ data }) => {
   if (data.stop) {
-    stopping = true;
+    stop.abort();
     return;
   }
-  const task = data.open ? () => open(data.open, data.threads) : () => ask(data.ask, data.maxTokens);
-  busy = busy.then(task).catch((error) => postMessage({ failed: String(error?.message ?? error) }));
+  const task = () => {
+    if (data.open) return open(data.open);
+    return data.ask ? ask(data.ask, data.maxTokens) : converse(data.converse, data.decodeTokens);
+  };
+  busy = busy.then(task).catch((error) => postMessage({ failed: inWords(error) }));
 };

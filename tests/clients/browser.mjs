@@ -73,7 +73,7 @@ try {
     seen.answers.push(await answered(page));
     seen.turns = await page.locator("#turns li").count();
   } else {
-    seen.failed = await page.textContent(".failed");
+    seen.failed = await page.textContent("#hint.failed");
   }
   console.log(JSON.stringify({ ...seen, requests, complaints }));
 } finally {

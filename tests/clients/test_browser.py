@@ -1,4 +1,4 @@
-"""The page opens the exported folder in Chromium and gives the same greedy text, asking nobody else."""
+"""The page opens an exported folder in Chromium and gives the same greedy text, asking nobody else."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.clients.helpers import HERE, Asked, need, need_chromium, need_node, r
 
 
 @contextmanager
-def serving(artifact: Artifact) -> Iterator[str]:
-    """The page and a folder on a free port, as long as the context lasts; gives host:port."""
+def serving(artifact: Artifact | None) -> Iterator[str]:
+    """The page, and a folder to open, on a free port, as long as the context lasts; gives host:port."""
     running = serve(artifact)
     thread = threading.Thread(target=running.serve_forever, args=(0.02,))
     thread.start()
@@ -122,6 +122,20 @@ def test_server_hands_out_the_page_and_the_folder(get: Get, exported: Artifact) 
     status, headers, body = get("/model/manifest.json", "HEAD")
     assert (status, body) == (200, b"")
     assert int(headers["Content-Length"]) == (exported.path / "manifest.json").stat().st_size
+    assert get("/served.json", "GET")[2] == b'{"model": "model/"}'
+
+
+@pytest.mark.usefixtures("vendored")
+def test_server_without_a_model_has_the_page_alone() -> None:
+    with serving(None) as host:
+        connection = http.client.HTTPConnection(host, timeout=10)
+        for path, status in (("/served.json", 200), ("/model/manifest.json", 404), ("/", 200)):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read()
+            assert response.status == status
+            assert path != "/served.json" or body == b'{"model": null}'
+        connection.close()
 
 
 @pytest.mark.parametrize(
@@ -146,9 +160,9 @@ def test_server_takes_no_posts(get: Get) -> None:
 
 @pytest.mark.usefixtures("vendored")
 def test_server_refuses_what_the_page_cannot_open(exported: Artifact) -> None:
-    gguf = dataclasses.replace(exported, manifest=dataclasses.replace(exported.manifest, format="gguf"))
-    with pytest.raises(ArtifactError, match="is gguf, but the page opens onnx"):
-        serve(gguf)
+    other = dataclasses.replace(exported, manifest=dataclasses.replace(exported.manifest, format="pte"))
+    with pytest.raises(ArtifactError, match="is pte, but the page opens gguf and onnx"):
+        serve(other)
     with serving(exported) as host, pytest.raises(FoxEdgeError, match="cannot be opened"):
         serve(exported, int(host.split(":")[1]))
 
