@@ -5,6 +5,7 @@ The grids and the packing are fox_edge/blockwise.py's, the order of rounding com
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from export.compensate import Compensation, Steps, choose, refit
@@ -20,4 +21,6 @@ def quantize_compensated(rows: Tensor, type_: QuantType, guide: Compensation) ->
     steps = Steps(grid.scales, -grid.zeros * grid.scales, 2**type_.bits)
     integers = choose(rows, steps, guide).view(*grid.scales.shape, -1)
     (scales,) = refit(rows, [integers - grid.zeros[..., None]], [grid.scales], guide)
+    if type_.positive:
+        scales = torch.where(scales > 0, scales, grid.scales)
     return store(integers, Grid(scales, grid.zeros), type_)

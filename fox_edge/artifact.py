@@ -59,6 +59,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     verification: dict[str, Any] | None = None
+    pte: dict[str, Any] | None = None  # of an ExecuTorch program: its limits, and where its weights lie
 
     @property
     def weight_bytes(self) -> int:
@@ -72,7 +73,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as manifest.json holds it."""
-        return {"schema": SCHEMA, **asdict(self)}
+        fields = {"schema": SCHEMA, **asdict(self)}
+        return fields if self.pte is not None else {k: v for k, v in fields.items() if k != "pte"}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: Path) -> Manifest:
@@ -88,9 +90,10 @@ class Manifest:
         for key in ("parameters", "context"):
             if isinstance(values[key], bool) or values[key] < 1:
                 raise ArtifactError(f"{where}: field '{key}' is {values[key]}, but must be at least 1")
-        if not isinstance(values.get("verification"), dict | None):
-            raise ArtifactError(f"{where}: field 'verification' is not of the expected kind")
-        unknown = sorted(set(values) - set(_FIELDS) - {"verification"})
+        for key in _OPTIONAL:
+            if not isinstance(values.get(key), dict | None):
+                raise ArtifactError(f"{where}: field '{key}' is not of the expected kind")
+        unknown = sorted(set(values) - set(_FIELDS) - set(_OPTIONAL))
         if unknown:
             raise ArtifactError(f"{where}: unknown field '{unknown[0]}'")
         try:
@@ -122,6 +125,7 @@ _FIELDS: dict[str, type] = {
     "notes": list,
     "files": dict,
 }
+_OPTIONAL = ("verification", "pte")
 
 
 def _is_plain(record: TensorRecord) -> bool:

@@ -1,7 +1,7 @@
-"""Our own block quantizer: float32 rows to and from the integers that ONNX Runtime's operators read.
+"""Our own block quantizer: float32 rows to and from the integers that ONNX Runtime and XNNPACK read.
 
-Owns the arithmetic and the packing of the ONNX rows of the quantization table (`q{bits}{s|a}{block}`), as
-MatMulNBits and GatherBlockQuantized define them: value = (integer - zero point) * scale, unsigned integers,
+Owns the arithmetic and the packing of the ONNX and PTE rows of the quantization table (`q{bits}{s|a}{block}`),
+as MatMulNBits and GatherBlockQuantized define them: value = (integer - zero point) * scale, unsigned integers,
 lowest bits first. Works on any device. How integers are chosen with an eye on the input is the exporter's
 (export/compensate.py); files and graphs are others'.
 
@@ -155,13 +155,17 @@ def _ends(x: Tensor, type_: QuantType) -> tuple[Tensor, Tensor]:
     """The values (R, B) of integer 0 and of the last integer for the whole range of each block.
 
     Symmetric is signed: a block whose largest weight is positive gets a negative scale, since only integer 0
-    lies a full 2^(bits - 1) steps from the middle.
+    lies a full 2^(bits - 1) steps from the middle; where scales must be positive, integer 0 is the lowest
+    value that reaches the block's smallest weight and whose mirror, a step less, reaches the largest.
     """
     low, high = torch.aminmax(x, dim=-1)
     if not type_.symmetric:
         return low.clamp(max=0), high.clamp(min=0)
-    extreme = torch.where(high > -low, high, low)
     middle = 2 ** (type_.bits - 1)
+    if type_.positive:
+        extreme = torch.minimum(low, high * (-middle / (middle - 1)))
+    else:
+        extreme = torch.where(high > -low, high, low)
     return extreme, extreme * (-(middle - 1) / middle)
 
 

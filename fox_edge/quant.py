@@ -11,15 +11,16 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fox_edge.errors import RecipeError
 
-GGUF, ONNX = "gguf", "onnx"
-FORMATS = (GGUF, ONNX)
+GGUF, ONNX, PTE = "gguf", "onnx", "pte"
+FORMATS = (GGUF, ONNX, PTE)
 MAX_RECIPE_BYTES = 1 << 20
+WHOLE_ROW = 0
 # Ways of rounding, from quick to good; the exporters say what each does.
 NEAREST, SEARCH, COMPENSATED = "nearest", "search", "compensated"
 ROUNDINGS = (NEAREST, SEARCH, COMPENSATED)
@@ -35,7 +36,9 @@ HEAD = "lm_head.weight"
 class QuantType:
     """One way to store weights.
 
-    `block_size` consecutive weights of a row take `block_bits` bits, scales and zero points included.
+    `block_size` consecutive weights of a row take `block_bits` bits, scales and zero points included. With
+    the block size 0 (`WHOLE_ROW`) a block is a whole row, and `block_bits` is what it takes beside its
+    integers: `of_row` gives the type for rows of a certain length.
     `bits` is the width of one stored integer (0: a float type). `max_error` bounds, tensor by tensor, the
     root-mean-square of (dequantized - original) over that of the original; verification holds exports to it.
     """
@@ -47,11 +50,18 @@ class QuantType:
     block_bits: int
     max_error: float
     symmetric: bool = True
+    positive: bool = False  # whether a kernel takes scales above 0 only
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage per weight, scales and zero points included."""
-        return self.block_bits / self.block_size
+        """Storage per weight, scales and zero points included (but for whole rows: their scales)."""
+        return self.block_bits / self.block_size if self.block_size else self.bits
+
+    def of_row(self, columns: int) -> QuantType:
+        """This type for rows of this many weights."""
+        if self.block_size != WHOLE_ROW:
+            return self
+        return replace(self, block_size=columns, block_bits=columns * self.bits + self.block_bits)
 
     @property
     def is_narrow(self) -> bool:
@@ -60,7 +70,7 @@ class QuantType:
 
     def holds(self, columns: int) -> bool:
         """Whether a row of this many weights is a whole number of blocks."""
-        return columns % self.block_size == 0
+        return self.block_size == WHOLE_ROW or columns % self.block_size == 0
 
     def row_bytes(self, tensor: str, columns: int) -> int:
         """Bytes of one row; raises RecipeError when the row is not a whole number of blocks."""
@@ -69,7 +79,8 @@ class QuantType:
                 f"{tensor}: a row of {columns} weights is not a whole number of {self.name} blocks "
                 f"of {self.block_size}"
             )
-        return -(-(columns // self.block_size) * self.block_bits // 8)
+        type_ = self.of_row(columns)
+        return -(-(columns // type_.block_size) * type_.block_bits // 8)
 
 
 def _gguf(name: str, bits: int, block_size: int, block_bytes: int, max_error: float) -> QuantType:
@@ -88,6 +99,22 @@ def _onnx(bits: int, block_size: int, symmetric: bool) -> QuantType:
         # outlier holds all of it. Above 0.9 the bound would no longer tell weights from zeros.
         max_error=min(0.9, math.sqrt(block_size / 12) / 2 ** (bits - 1)),
         symmetric=symmetric,
+    )
+
+
+def _pte(bits: int, block_size: int) -> QuantType:
+    """XNNPACK's storage: packed integers around zero, and a scale above 0 per block of 4-bit ones (bfloat16)
+    or per row of 8-bit ones (float32)."""
+    whole_row = block_size == WHOLE_ROW
+    return QuantType(
+        name=f"q{bits}row" if whole_row else f"q{bits}s{block_size}",
+        format=PTE,
+        bits=bits,
+        block_size=block_size,
+        block_bits=32 if whole_row else bits * block_size + 16,
+        # As for ONNX; a row has thousands of weights.
+        max_error=min(0.9, math.sqrt((block_size or 1 << 14) / 12) / 2 ** (bits - 1)),
+        positive=True,
     )
 
 
@@ -129,6 +156,9 @@ _TABLE: tuple[QuantType, ...] = (
         for block_size in (16, 32, 64, 128, 256)
         for symmetric in (True, False)
     ),
+    QuantType("float32", PTE, 0, 1, 32, 1e-6),
+    _pte(8, WHOLE_ROW),
+    *(_pte(4, block_size) for block_size in (32, 64, 128, 256)),
 )
 TYPES: dict[tuple[str, str], QuantType] = {(t.format, t.name): t for t in _TABLE}
 
@@ -153,11 +183,10 @@ _FALLBACKS = {
         "nvfp4": "mxfp4",
         "q1_0": "iq4_nl",
     },
-    ONNX: {},
 }
-_PLAIN = {GGUF: "f16", ONNX: "float32"}
+_PLAIN = {GGUF: "f16", ONNX: "float32", PTE: "float32"}
 # Vectors (the norms) stay in float32 everywhere: a thousandth of the bytes, read at every token.
-_VECTOR = {GGUF: "f32", ONNX: "float32"}
+_VECTOR = {GGUF: "f32", ONNX: "float32", PTE: "float32"}
 
 
 def type_names(format: str) -> list[str]:
@@ -257,11 +286,11 @@ class Recipe:
         )
 
     def _fallback(self, asked: QuantType, columns: int) -> QuantType:
-        if asked.format == ONNX:
+        if asked.format != GGUF:
             smaller = [
                 t
                 for t in _TABLE
-                if (t.format, t.bits, t.symmetric) == (ONNX, asked.bits, asked.symmetric)
+                if (t.format, t.bits, t.symmetric) == (asked.format, asked.bits, asked.symmetric)
                 and t.block_size < asked.block_size
                 and t.holds(columns)
             ]
@@ -319,7 +348,7 @@ def _gguf_preset(name: str, body: str, parts: str, limits: Limits = INT4_LIMITS)
     return Recipe(name, GGUF, body, mixed_rules(parts), limits)
 
 
-# ONNX's tied matrix has column scales, so that it needs no more bits than the body.
+# ONNX's and PTE's tied matrix has column scales, so that it needs no more bits than the body.
 PRESETS: dict[tuple[str, str], Recipe] = {
     (GGUF, "int8"): _gguf_preset("int8", "q8_0", "", INT8_LIMITS),
     (GGUF, "laptop"): _gguf_preset("laptop", "q4_0", "tied q8_0, kv q8_0, ends q8_0"),
@@ -330,6 +359,8 @@ PRESETS: dict[tuple[str, str], Recipe] = {
     ),
     (ONNX, "int8"): Recipe("int8", ONNX, "q8s128", (), INT8_LIMITS),
     (ONNX, "int4"): Recipe("int4", ONNX, "q4a128", (), INT4_LIMITS),
+    (PTE, "int8"): Recipe("int8", PTE, "q8row", (), INT8_LIMITS),
+    (PTE, "int4"): Recipe("int4", PTE, "q4s128", (), INT4_LIMITS),
 }
 
 
