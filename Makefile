@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); llama-cpp-python is compiled once, which takes a few minutes."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_INDEX) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,gguf,serve,genai,optimum,lm-eval,ray,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,gguf,executorch,serve,genai,optimum,lm-eval,ray,dev]'
 	touch $(READY)
 
 clean:

@@ -28,6 +28,7 @@ _WANTED: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("torch (reference)", ("torch",), None),
     ("gguf export, llama.cpp runtime", ("gguf", "llama_cpp"), "gguf"),
     ("onnx export, onnxruntime runtime", ("onnx", "onnxruntime"), "onnx"),
+    ("pte export, executorch runtime", ("executorch.extension.pybindings._portable_lib",), "executorch"),
     ("server (fox-edge serve)", ("fastapi", "uvicorn", "llguidance"), "serve"),
     ("onnxruntime-genai (reads ONNX)", ("onnxruntime_genai",), "genai"),
     ("optimum (reads ONNX artifacts)", ("optimum.onnxruntime",), "optimum"),

@@ -246,6 +246,7 @@ def check_tokens(session: Session, tokens: Sequence[int]) -> None:
 MODEL_FILES: dict[str, str] = {
     "gguf": "runtimes.llama_cpp.gguf_file:GgufFile",
     "onnx": "runtimes.onnx.file:OnnxFile",
+    "pte": "runtimes.executorch.file:PteFile",
 }
 
 
@@ -277,6 +278,7 @@ class Runtime(NamedTuple):
 RUNTIMES: dict[str, Runtime] = {
     "gguf": Runtime("llama.cpp", "runtimes.llama_cpp.session:LlamaCppSession", batch=1),
     "onnx": Runtime("onnxruntime", "runtimes.onnx.session:OnnxSession"),
+    "pte": Runtime("executorch", "runtimes.executorch.session:PteSession"),
 }
 
 # How a user names a checkpoint that PyTorch is to open: torch:nano.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fox_edge.config import FoxConfig
-from fox_edge.quant import GGUF, ONNX
+from fox_edge.quant import GGUF, ONNX, PTE
 
 TORCH = "torch"
 
@@ -16,6 +16,7 @@ TORCH = "torch"
 KV_TYPES: Mapping[str, Mapping[str, tuple[int, int]]] = {
     GGUF: {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)},
     ONNX: {"float32": (1, 4), "int8": (1, 1)},
+    PTE: {"float32": (1, 4), "int8": (1, 1)},
     TORCH: {"bfloat16": (1, 2), "float32": (1, 4)},
 }
 

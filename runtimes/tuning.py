@@ -20,16 +20,17 @@ from typing import Any
 from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import available_cores
-from fox_edge.quant import GGUF, ONNX
+from fox_edge.quant import GGUF, ONNX, PTE
 from runtimes.artifact_cache import cache_folder, key_of, read_record, write_record
 from runtimes.base import CUDA, SessionOptions
 from runtimes.kv_types import KV_TYPES
 
 PREFERENCES = ("balance", "prompt", "decode", "memory")
 _SCHEMA = 1
-_PACKAGES = {GGUF: "llama-cpp-python", ONNX: "onnxruntime"}
+_PACKAGES = {GGUF: "llama-cpp-python", ONNX: "onnxruntime", PTE: "executorch"}
 _SWITCHES = ("flash_attention", "repack", "mmap")
 _COUNTS = ("threads", "prompt_threads")
+_CHOICES = {ONNX: ("kv", "threads"), PTE: ("threads",)}  # llama.cpp has all of them
 # Choices that hang together: naming one on the command line sets all of its group aside.
 _GROUPS = (("kv", "flash_attention"), _COUNTS)
 _CPUINFO = Path("/proc/cpuinfo")
@@ -107,8 +108,8 @@ def checked(choices: object, format: str) -> dict[str, Any] | None:
             fine = type(value) is int and 1 <= value <= available_cores()
         else:
             fine = name in _SWITCHES and type(value) is bool
-        # ONNX Runtime has no more than threads and the cache's type.
-        if not fine or (format == ONNX and name not in ("kv", "threads")):
+        # ONNX Runtime has no more than threads and the cache's type, ExecuTorch threads alone.
+        if not fine or name not in _CHOICES.get(format, choices):
             return None
     return dict(choices)
 

@@ -21,7 +21,7 @@ from fox_edge.processors import available_cores
 
 PACKAGES = (
     *("torch", "triton", "numpy", "llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-gpu", "onnx"),
-    "transformers",
+    *("executorch", "torchao", "transformers"),
 )
 
 

@@ -143,7 +143,7 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
         weight_bytes=weights,
         unread_bytes=_unread(config, embedding),
         kv_bytes_per_position=kv_bytes_per_position(config, stores, kv),
-        context=config.max_positions,
+        context=manifest.context,
         config=config,
         folder=path,
         opened_by=runtime,

@@ -123,7 +123,7 @@ def verify_foreign(
     Whether the tie survived is a finding, not a failure: no such tool promises it. Two more keys:
     `tied_copies` (None where embedding or head was not found), `second_copy_bytes`.
     """
-    from runtimes.onnx.side_files import SideFiles
+    from runtimes.side_files import SideFiles
 
     start = time.monotonic()
     figures: dict[str, Any] = {

@@ -23,7 +23,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.errors import FoxEdgeError
 from fox_edge.processors import available_cores, physical_cores
 from fox_edge.progress import Progress
-from fox_edge.quant import GGUF
+from fox_edge.quant import GGUF, PTE
 from runtimes.base import SessionOptions
 from runtimes.tuning import store, words
 
@@ -172,6 +172,8 @@ def plan(format: str, prefer: str) -> Iterator[Choices]:
 
     Of these only `kv` changes answers by more than the order in which sums are taken.
     """
+    if format == PTE:  # its cache is as it was exported
+        return
     coarse, coarser = ("q8_0", "q4_0") if format == GGUF else ("int8", None)
     if prefer == "memory":
         yield {"kv": coarse}

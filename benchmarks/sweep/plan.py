@@ -36,6 +36,7 @@ _SPARE_BYTES = 1 << 30  # a process beside its weights: libraries, KV cache, log
 _LIBRARIES = {
     "gguf": ("fox-edge", "llama-cpp-python", "gguf"),
     "onnx": ("fox-edge", "onnxruntime", "onnx"),
+    "pte": ("fox-edge", "executorch", "torchao"),
     "torch": ("fox-edge", "torch"),
 }
 _NAME_CHARACTERS = 60

@@ -23,8 +23,8 @@ from fox_edge.errors import ArtifactError, VerificationError
 from fox_edge.quant import EMBEDDING, HEAD
 from runtimes.base import Logits
 from runtimes.onnx.external import ELEMENTS, External, onnx, read_graph
-from runtimes.onnx.side_files import SideFiles
 from runtimes.onnx.tie import GraphIndex, find_tie
+from runtimes.side_files import SideFiles
 
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 

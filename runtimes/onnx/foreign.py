@@ -19,8 +19,8 @@ from fox_edge.config import MAX_DIMENSION, MAX_LAYERS, FoxConfig, read_json_obje
 from fox_edge.errors import ArtifactError, CheckpointError, VerificationError
 from fox_edge.quant import ONNX
 from runtimes.onnx.external import External, onnx, read_graph
-from runtimes.onnx.side_files import CONFIG, GENAI_CONFIG
 from runtimes.onnx.tie import GraphIndex, Reader, Tie, find_tie
+from runtimes.side_files import CONFIG, GENAI_CONFIG
 
 _KEEP = ("logits_to_keep", "num_logits_to_keep")
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", *_KEEP}

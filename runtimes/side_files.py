@@ -1,4 +1,4 @@
-"""What the files beside an ONNX model tell a runtime about tokens: tokenizer, special ids, chat template.
+"""What the files beside a model tell a runtime about tokens: tokenizer, special ids, chat template.
 
 Knows the names of those files, ours and onnxruntime-genai's; nothing of the model.
 """
