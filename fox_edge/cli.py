@@ -215,6 +215,7 @@ def _bench(args: argparse.Namespace) -> None:
     measure = partial(
         bench,
         args.artifact,
+        runtimes=args.runtime or (),
         workload=args.workload,
         prompt_tokens=args.prompt_tokens,
         decode_tokens=args.decode_tokens,

@@ -151,7 +151,13 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     bench.add_argument(
         "artifact",
         nargs="+",
-        help="artifacts, other tools' ONNX folders, or torch:CHECKPOINT (BF16 in PyTorch)",
+        help="artifacts, other tools' ONNX folders, torch:CHECKPOINT (BF16 in PyTorch) or browser:ARTIFACT",
+    )
+    bench.add_argument(
+        "--runtime",
+        action="append",
+        choices=("browser",),
+        help="open every artifact there too, as one more row: browser (a page in a headless Chromium)",
     )
     bench.add_argument(
         "--workload",

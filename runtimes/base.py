@@ -120,6 +120,45 @@ class BatchingSession(SharingSession, Protocol):
         ...
 
 
+class TimedTurn(NamedTuple):
+    """One turn of a conversation by the clock: tokens computed of its prompt, and seconds.
+
+    `stamps_s` are the times at which each token of the answer was there; the first one comes of the prompt.
+    """
+
+    prompt_tokens: int
+    asked_s: float
+    prompt_s: float
+    stamps_s: list[float]
+
+
+class Occupied(NamedTuple):
+    """Bytes of memory: at most so far, now by what it is, before any model was opened (None: not told)."""
+
+    peak: int
+    anonymous: int | None
+    file: int | None
+    empty: int | None
+
+
+@runtime_checkable
+class RemoteSession(Session, Protocol):
+    """A session in a program of its own, which runs whole conversations and reads its own clock.
+
+    Asking it for a token at a time would time the asking. `load_s` is what opening the model took there.
+    """
+
+    load_s: float
+
+    def converse(self, turns: Sequence[Sequence[int]], decode_tokens: int) -> list[TimedTurn]:
+        """One conversation, from an empty cache; every turn is answered with a token and so many more."""
+        ...
+
+    def occupied(self) -> Occupied:
+        """What that program holds in memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """What a user may choose when opening a session. None: the runtime's own good default."""
@@ -259,7 +298,7 @@ class Runtime(NamedTuple):
     become. `kv` is whose types its cache has (kv_types), where that is not the artifact's format. `converts`:
     weights lie in memory otherwise than in the file, and the session class's `held_bytes` tells how many.
     `batch` is how many conversations an evaluation lets step together if nobody says another number; 0 where
-    they cannot.
+    they cannot. `remote`: its sessions are `RemoteSession`s.
     """
 
     name: str
@@ -269,6 +308,7 @@ class Runtime(NamedTuple):
     kv: str | None = None
     converts: bool = False
     batch: int = 0
+    remote: bool = False
 
 
 # A new runtime is one row here: of RUNTIMES where it has an artifact format of its own (and kv_types.KV_TYPES
@@ -292,6 +332,7 @@ PREFIXES: dict[str, Runtime] = {
     "cuda:": Runtime("cuda", f"{_ON_GPU}:CudaSession", "model", "bf16", "torch", True, 64),
     "cuda-int8:": Runtime("cuda", f"{_ON_GPU}:CudaInt8Session", "checkpoint", "int8", "torch", True, 64),
     "cuda-int4:": Runtime("cuda", f"{_ON_GPU}:CudaInt4Session", "checkpoint", "int4", "torch", True, 64),
+    "browser:": Runtime("browser", "runtimes.browser.session:BrowserSession", remote=True),
 }
 
 # Opens an onnx_foreign.ForeignOnnx: an ONNX model of another tool.

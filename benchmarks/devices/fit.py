@@ -33,7 +33,7 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
     subject = open_subject(job["subject"])
     options = dict(job["session"])
     found = [
-        footprint(subject.target, SessionOptions(context=context, **options)) for context in job["contexts"]
+        footprint(subject.spec, SessionOptions(context=context, **options)) for context in job["contexts"]
     ]
     # Reading the first model's description is no part of what the library holds.
     process = found[0]["process_bytes"] if found else 0

@@ -63,6 +63,7 @@ class Case:
 def bench(
     artifacts: Sequence[str | Path],
     *,
+    runtimes: Sequence[str] = (),
     workload: str = "custom",
     prompt_tokens: int | None = None,
     decode_tokens: int | None = None,
@@ -78,6 +79,7 @@ def bench(
 ) -> dict[str, Any]:
     """Measure artifacts (or 'torch:CHECKPOINT'): the report, with a row per artifact and number of users.
 
+    `runtimes` names others (`runtimes.base.PREFIXES`) that open every artifact once more, as further rows.
     `threads` None leaves the number to each runtime; `context` None opens just enough for the run; `session`
     are more fields of SessionOptions; `profile` names a device whose threads, context and memory are kept to
     (devices/profiles.py), `baseline` a file whose row stands in for the paper's; `command` is what a reader
@@ -87,7 +89,9 @@ def bench(
     """
     work = find_workload(workload, prompt_tokens, decode_tokens)
     _check(users, page_cache, session or {})
-    subjects = [open_subject(spec, (session or {}).get("kv")) for spec in artifacts]
+    specs = [*artifacts, *(f"{runtime}:{spec}" for runtime in runtimes for spec in artifacts)]
+    subjects = [open_subject(spec, (session or {}).get("kv")) for spec in specs]
+    _check_remote(subjects, users, profile)
     needed = -(-work.positions // _CONTEXT_STEP) * _CONTEXT_STEP
     bounds = Bounds.choose(profile, baseline, threads, context, needed)
     threads, context = bounds.threads, bounds.context
@@ -142,6 +146,19 @@ def _check(users: Sequence[int], page_cache: str, session: dict[str, Any]) -> No
         raise FoxEdgeError(f"--users {max(users)} with --speculate: guessing ahead is for one user")
 
 
+def _check_remote(subjects: Sequence[Subject], users: Sequence[int], profile: str | None) -> None:
+    """Raises FoxEdgeError for what cannot be asked of a runtime in a program of its own."""
+    remote = next((subject for subject in subjects if subject.opened_by.remote), None)
+    if remote is None:
+        return
+    if profile is not None:
+        raise FoxEdgeError(
+            f"{remote.spec} with --profile {profile}: no cap is kept on the memory of a {remote.runtime}"
+        )
+    if max(users) > 1:
+        raise FoxEdgeError(f"{remote.spec} with --users {max(users)}: a {remote.runtime} has one user")
+
+
 def _cases(
     subjects: Sequence[Subject],
     work: Workload,
@@ -165,7 +182,8 @@ def _cases(
 def _choices(subject: Subject, threads: int | None, session: dict[str, Any]) -> dict[str, Any]:
     """What a session is opened with: what was said, and what was tuned for this machine."""
     options = SessionOptions(threads=threads, **session)
-    if isinstance(subject.source, Artifact) and device_of(subject, session) != CUDA:
+    tuned = device_of(subject, session) != CUDA and not subject.opened_by.remote
+    if tuned and isinstance(subject.source, Artifact):
         options, remark = with_tuning(subject.source, options)
         if remark:
             say(f"{subject.spec}: {remark}")

@@ -26,11 +26,10 @@ from benchmarks.latency.users import (
     Turn,
     open_users,
     time_conversation,
-    time_turn,
     time_users,
     users_in_a_pass,
 )
-from runtimes.base import Session, SessionOptions
+from runtimes.base import Occupied, RemoteSession, Session, SessionOptions
 
 if TYPE_CHECKING:
     # Not at run time: what this imports counts in every figure of memory.
@@ -147,8 +146,7 @@ def _warm_up(
     steps = min(_WARM_UP_STEPS, decode_tokens)
     first = []
     for session, turns in zip(sessions, wave, strict=True):
-        session.reset()
-        turn, _ = time_turn(session, turns[0], steps, clock)
+        (turn,) = time_conversation(session, turns[:1], steps, clock)
         first.append(turn.stamps_s[0] - turn.asked_s)
     return first[0]
 
@@ -163,17 +161,17 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
     users = len(job["waves"][0])
     notes = page_cache.prepare(job["page_cache"], page_cache.model_files(subject.folder))
     notes += EnergyMeter().notes()
-    before = memory()
+    empty = memory().rss
     start = time.perf_counter()
     options = SessionOptions(
         context=job["context"], threads=job["threads"], conversations=users, **job.get("session", {})
     )
     session = subject.open_session(options)
-    load_s = time.perf_counter() - start
+    load_s = session.load_s if isinstance(session, RemoteSession) else time.perf_counter() - start
     sessions = open_users(session, users, subject.runtime)
     card = None if own_peak_bytes() is None else CardEnergy()
     figures = measure_waves(sessions, job["waves"], job["decode_tokens"], card=card)
-    after, state = memory(), None if card is None else card_state()
+    taken, state = _occupied(session, empty), None if card is None else card_state()
     if card is not None:
         card.close()
     for each in reversed(sessions):
@@ -182,11 +180,19 @@ def run_job(job: dict[str, Any], _progress: Callable[[int, int], None]) -> dict[
         "load_s": load_s,
         **figures,
         "together": users_in_a_pass(sessions),
-        "peak_rss_bytes": after.peak_rss,
-        "anonymous_rss_bytes": after.anonymous,
-        "file_rss_bytes": after.file,
-        "empty_rss_bytes": before.rss,
+        "peak_rss_bytes": taken.peak,
+        "anonymous_rss_bytes": taken.anonymous,
+        "file_rss_bytes": taken.file,
+        "empty_rss_bytes": taken.empty,
         "peak_device_bytes": own_peak_bytes(),
         "card": state and state.to_json(),
         "notes": notes,
     }
+
+
+def _occupied(session: Session, empty: int | None) -> Occupied:
+    """Memory of the program that the model is in: this process, where `empty` was held before, or another."""
+    if isinstance(session, RemoteSession):
+        return session.occupied()
+    own = memory()
+    return Occupied(own.peak_rss, own.anonymous, own.file, empty)

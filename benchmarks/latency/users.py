@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fox_edge.errors import FoxEdgeError
-from runtimes.base import BatchingSession, Session, SharingSession
+from runtimes.base import BatchingSession, RemoteSession, Session, SharingSession
 from runtimes.sampling import GREEDY, Choice, pick
 
 Clock = Callable[[], float]
@@ -70,6 +70,8 @@ def time_conversation(
     clock: Clock = time.perf_counter,
 ) -> list[Turn]:
     """One user, from an empty cache: each turn runs its own tokens, and the last of the answer before it."""
+    if isinstance(session, RemoteSession):
+        return [Turn(*turn) for turn in session.converse(turns, decode_tokens)]
     session.reset()
     found = []
     kept: list[int] = []
