@@ -119,12 +119,14 @@ class PteFile:
     def special_ids(self) -> dict[str, int | None]:
         """<bos> and <eos> as the program tells them, the others as the files beside it do.
 
-        Of several ids that end a text the first counts.
+        Of several ids that end a text the one counts that the files tell, else the first.
         """
         ids = self._side.special_ids()
         for role, method in (("bos", "get_bos_id"), ("eos", "get_eos_ids")):
             found = self._program.pte.constant(method)
-            ids[role] = found[0] if isinstance(found, list) else found
+            told = found if isinstance(found, list) else [found]
+            if ids[role] not in told:
+                ids[role] = told[0]
         return ids
 
     def chat_template(self) -> str | None:
