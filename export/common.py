@@ -73,6 +73,7 @@ def make_manifest(
     versions: Mapping[str, str],
     notes: Iterable[str] = (),
     rounding: Mapping[str, Any] | None = None,
+    pte: dict[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of an export, before its files are hashed; the checkpoint's notes come before `notes`.
 
@@ -93,6 +94,7 @@ def make_manifest(
         recipe=json.loads(json.dumps({**asdict(recipe), **(rounding or {})})),
         versions=dict(versions),
         notes=(*checkpoint.notes, *notes),
+        pte=pte,
     )
 
 

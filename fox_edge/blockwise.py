@@ -1,7 +1,7 @@
 """Our own block quantizer: float32 rows to and from the integers that ONNX Runtime and XNNPACK read.
 
-Owns the arithmetic and the packing of the ONNX and PTE rows of the quantization table (`q{bits}{s|a}{block}`),
-as MatMulNBits and GatherBlockQuantized define them: value = (integer - zero point) * scale, unsigned integers,
+Owns the arithmetic and the packing of the ONNX and PTE rows of the quantization table, as MatMulNBits,
+GatherBlockQuantized and XNNPACK define them: value = (integer - zero point) * scale, unsigned integers,
 lowest bits first. Works on any device. How integers are chosen with an eye on the input is the exporter's
 (export/compensate.py); files and graphs are others'.
 
