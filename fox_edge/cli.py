@@ -77,10 +77,11 @@ def _export(args: argparse.Namespace) -> None:
     from benchmarks.processes.peak import AnonymousPeak
     from fox_edge.artifact import export_summary, export_text
 
-    said = ("compat", "rounding", "calibrate", "imatrix")
+    said = ("compat", "context", "kv", "rounding", "calibrate", "imatrix")
     special = {key: getattr(args, key) for key in said if getattr(args, key)}
-    if args.compat and args.format != "onnx":
-        raise FoxEdgeError(f"--compat is for --format onnx, not {args.format}")
+    for key, format in (("compat", "onnx"), ("context", "pte"), ("kv", "pte")):
+        if key in special and args.format != format:
+            raise FoxEdgeError(f"--{key} is for --format {format}, not {args.format}")
     recipe, text, checkpoint = _recipe(args), _text(args.text), _checkpoint(args.checkpoint)
     start, out = time.monotonic(), Path(args.out)
     with AnonymousPeak() as peak, Progress(f"exporting {args.format} {recipe.name}") as progress:
@@ -393,6 +394,10 @@ def _exporter(format: str) -> Callable[..., Artifact]:
         from export.gguf import export_gguf
 
         return export_gguf
+    if format == "pte":
+        from export.pte import export_pte
+
+        return export_pte
     from export.onnx import export_onnx
 
     return export_onnx

@@ -58,10 +58,10 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         return sub
 
-    export = verb("export", "write a verified GGUF or ONNX model from a checkpoint")
+    export = verb("export", "write a verified GGUF, ONNX or ExecuTorch model from a checkpoint")
     export.add_argument("checkpoint", help="'nano', a Hugging Face folder, or a hub id like owner/name")
     export.add_argument("out", help="folder to create")
-    export.add_argument("--format", choices=("gguf", "onnx"), required=True)
+    export.add_argument("--format", choices=("gguf", "onnx", "pte"), required=True)
     export.add_argument(
         "--quant",
         default="int4",
@@ -76,6 +76,17 @@ def _parser(runs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         choices=("optimum",),
         default=[],
         help="ONNX: also serve what this client does and others need not pay for (docs/onnx-clients.md)",
+    )
+    export.add_argument(
+        "--context",
+        type=_positive,
+        metavar="N",
+        help="ExecuTorch: positions that its caches hold, memory taken at load (default: at most 2,048)",
+    )
+    export.add_argument(
+        "--kv",
+        choices=("float32", "int8"),
+        help="ExecuTorch: what its caches store, fixed by the export (default: float32)",
     )
     export.add_argument(
         "--rounding",
