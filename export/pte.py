@@ -24,6 +24,7 @@ from export.common import (
     versions,
 )
 from export.guidance import guidance
+from export.pte_tokenizer import write_runner_tokenizer
 from export.rounding import write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
@@ -94,6 +95,7 @@ def export_pte(
         )
         plan.file.seal(model)
         copy_side_files(writer, checkpoint)
+        write_runner_tokenizer(writer.folder)
         manifest = make_manifest(
             checkpoint,
             recipe,
