@@ -1,6 +1,6 @@
 // Where a model's files are: behind a URL, or dropped on the page. Knows names and bytes, not what they mean.
 //
-// Both kinds of folder have: name, has(file), names(), json(file), text(file), bytes(file, onBytes), blob(file,
+// Both kinds of folder have: name, single, names(), json(file), text(file), bytes(file, onBytes), blob(file,
 // onBytes). `onBytes(done, total)` is called as bytes arrive (total 0: the server did not say).
 
 class Folder {
@@ -26,7 +26,8 @@ export class DroppedFolder extends Folder {
     super();
     const top = files[0]?.[0].split("/")[0] ?? "";
     const nested = files.length > 0 && files.every(([path]) => path.startsWith(`${top}/`));
-    this.name = nested ? top : files.length === 1 ? top : "what was dropped";
+    this.single = files.length === 1 && !nested; // a file by itself
+    this.name = nested || this.single ? top : "what was dropped";
     this.files = new Map(files.map(([path, file]) => [nested ? path.slice(top.length + 1) : path, file]));
   }
 
@@ -58,6 +59,7 @@ export class ServedFolder extends Folder {
   constructor(url) {
     super();
     this.url = url.endsWith("/") ? url : `${url}/`;
+    this.single = false;
   }
 
   names() {

@@ -9,7 +9,7 @@ import { droppedFiles, listedFiles } from "./drop.js";
 import { inWords, lacking, usableThreads } from "./features.js";
 
 const EXAMPLE = "Ivy buys 4 crates of 12 apples. She gives 9 apples to Julia. How many does she have left?";
-const DROP_HINT = "Drop a GGUF file or the folder of an ONNX export here, or choose one above.";
+const DROP_HINT = "No model yet. What you open runs in this page, and nothing of it leaves this machine.";
 const MAX_TOKENS = 512;
 const MAX_THREADS = 8;
 
@@ -92,7 +92,7 @@ function open(what, name, from) {
   since = from;
   worker?.terminate();
   startOver();
-  for (const id of ["size", "load", "memory", "speed", "context", "device"]) fact(id, "–");
+  forget();
   fact("model", name);
   $("progress").value = 0;
   hint("Opening the model. Nothing of it leaves this machine.", { progress: true });
@@ -105,6 +105,11 @@ function open(what, name, from) {
   worker.onerror = (event) => on.failed(event.message || "The model's worker did not start.");
   const threads = Number(query.get("threads")) || usableThreads(self, MAX_THREADS);
   worker.postMessage({ open: { ...what, threads, context: Number(query.get("context")) || undefined } });
+}
+
+/** No figures: there is no model, or not yet. */
+function forget() {
+  for (const id of ["model", "size", "load", "memory", "speed", "context", "device"]) fact(id, "–");
 }
 
 function fact(id, text, title = "") {
@@ -124,10 +129,10 @@ const on = {
     fact("size", megabytes(bytes));
     fact("load", time(loadSeconds), "from asking for the model until it can be asked");
     fact("context", `${context.toLocaleString("en")} tokens`);
-    const why = threads === 1 && !self.crossOriginIsolated ? " (the server does not isolate this page)" : "";
-    fact("device", `${library}, WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}${why}`);
+    fact("device", `${library}, ${threads} thread${threads === 1 ? "" : "s"}`, "compiled to WebAssembly");
     on.memory(memoryBytes);
-    hint("The model runs in this page. Nothing leaves this machine. Try:", { example: true });
+    const why = self.crossOriginIsolated ? "" : ", on one thread, since its server does not isolate it";
+    hint(`The model runs in this page${why}. Nothing leaves this machine. Try:`, { example: true });
     $("example").textContent = EXAMPLE;
     $("opener").open = false;
     setState("ready");
@@ -191,6 +196,7 @@ function finish(note, announced) {
 
 /** There is no model, and a sentence that says why. */
 function refuse(sentence) {
+  forget();
   hint(sentence, { failed: true });
   $("opener").open = true;
   setState("failed");

@@ -30,9 +30,8 @@ async function open({ url, files, threads, context }) {
 /** Whichever kind of model it is; throws an Error that says what was looked for. */
 async function openFolder(folder, options) {
   const names = folder.names();
-  const files = names.filter((name) => name.toLowerCase().endsWith(".gguf"));
-  // A single file is taken at its word: what it is not, its first bytes tell.
-  if (names.length === 1 && !ONNX_FILES.includes(names[0])) files.splice(0, 1, names[0]);
+  // What a file by itself is, its first bytes tell.
+  const files = folder.single ? names : names.filter((name) => name.toLowerCase().endsWith(".gguf"));
   if (files.length > 1) throw new Error(`${folder.name} has ${files.length} GGUF files: drop the one that is meant`);
   if (files.length) {
     const { LlamaModel } = await import("./llama.js");

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,11 @@ from tests.clients.helpers import Asked
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
     """An export of each preset, a question, and the greedy answer of our own runtime."""
     folder = tmp_path_factory.mktemp("clients")
-    return {quant: ask_our_own(quant, folder) for quant in ("int8", "int4")}
+    nano = Checkpoint.open("nano")
+    return {
+        quant: ask_our_own(export_onnx(nano, folder / f"nano-{quant}", find_recipe(ONNX, quant)))
+        for quant in ("int8", "int4")
+    }
 
 
 @pytest.fixture(params=["int8", "int4"])
@@ -37,12 +40,11 @@ def exported(answers: dict[str, Asked]) -> Artifact:
     return Artifact.open(answers["int4"].folder)
 
 
-def ask_our_own(quant: str, folder: Path) -> Asked:
-    artifact = export_onnx(Checkpoint.open("nano"), folder / f"nano-{quant}", find_recipe(ONNX, quant))
+def ask_our_own(artifact: Artifact) -> Asked:
+    """The question, put to the runtime that opens an artifact here."""
     tokenizer = Tokenizer.from_folder(artifact.path)
     prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
     with contextlib.closing(open_session(artifact, SessionOptions(threads=1))) as session:
         answer = list(generate(session, prompt, stop_ids=tokenizer.stop_ids, max_tokens=200))
-    assert Artifact.open(artifact.path).manifest.quant == quant
     assert "####" in tokenizer.decode(answer) and len(answer) > 30
     return Asked(artifact.path, QUESTION, prompt, answer, tokenizer.decode(answer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import json
 import re
 import shutil
 import subprocess
@@ -14,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from export.gguf import export_gguf
 from fox_edge.artifact import Artifact
+from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, FoxEdgeError
+from fox_edge.quant import GGUF, find_recipe
 from runtimes.browser import server
 from runtimes.browser.server import HERE as PAGE
 from runtimes.browser.server import PAGE_FILES, VENDORED, serve
+from tests.clients.conftest import ask_our_own
 from tests.clients.helpers import HERE, Asked, need, need_chromium, need_node, run_node
 
 
@@ -34,6 +39,15 @@ def serving(artifact: Artifact | None) -> Iterator[str]:
         running.shutdown()
         running.server_close()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def gguf_asked(
+    tmp_path_factory: pytest.TempPathFactory, nano: Checkpoint, nano_gguf: Artifact
+) -> dict[str, Asked]:
+    """The embedded model in GGUF, and llama.cpp's own greedy answer."""
+    q4_0 = export_gguf(nano, tmp_path_factory.mktemp("gguf") / "q4_0", find_recipe(GGUF, "q4_0"))
+    return {"int8": ask_our_own(nano_gguf), "q4_0": ask_our_own(q4_0)}
 
 
 @pytest.fixture
@@ -102,6 +116,81 @@ def test_the_page_says_what_went_wrong(exported: Artifact, tmp_path: Path) -> No
             file.truncate(1000)
         seen = run_node(node, "browser.mjs", chromium, f"http://{host}/")
     assert seen["state"] == "failed" and len(seen["failed"]) > 10, seen
+
+
+def test_what_is_dropped_is_opened_or_refused_in_a_sentence(
+    gguf_asked: dict[str, Asked], answers: dict[str, Asked], tmp_path: Path
+) -> None:
+    """By mouse and keyboard, wide and narrow, light and dark; and in browsers that lack something."""
+    node, chromium = need_node(HERE), need_chromium()
+    need("node", (PAGE / "vendor" / VENDORED[-1]).is_file(), "`make clients` was not run")
+    int8, q4_0 = (Artifact.open(gguf_asked[quant].folder).model_path for quant in ("int8", "q4_0"))
+    asked = answers["int4"]
+    (tmp_path / "notes.txt").write_text("Hello, this is no model.")
+    (tmp_path / "cut.gguf").write_bytes(int8.read_bytes()[:2_000_000])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.txt").write_text("x")
+    given = {
+        "text": tmp_path / "notes.txt",
+        "cut": tmp_path / "cut.gguf",
+        "empty": tmp_path / "pictures",
+        "gguf": int8,
+        "other": q4_0,
+        "onnx": asked.folder,
+        "question": asked.question,
+    }
+    with serving(None) as host:
+        url = f"http://{host}/"
+        seen = run_node(node, "drop.mjs", chromium, url, json.dumps({k: str(v) for k, v in given.items()}))
+
+    assert seen["empty"]["state"] == "empty" and set(seen["empty"]["facts"].values()) == {"–"}
+    assert seen["buttons"][1:4] == ["Open a model", "Choose a GGUF file", "Choose an ONNX folder"]
+    size = int8.stat().st_size
+    browser = "A current Chrome, Edge, Firefox or Safari has it"
+    refused = {
+        "text": "notes.txt is not a model: a GGUF file begins with the letters GGUF, and this one does not",
+        "cut": f"cut.gguf is cut short: it has 2,000,000 bytes, but its tensors end at {size:,} bytes",
+        "noModel": "pictures is not a model: it has neither a .gguf file nor model.onnx",
+        "webAssembly": "This browser has no WebAssembly, which is what models run in here. "
+        f"{browser}, unless it was switched off.",
+        "simd": "This browser's WebAssembly has no SIMD instructions, without which no model runs here. "
+        f"{browser}.",
+        "worker": f"This browser has no workers to run a model in. {browser}.",
+    }
+    for name, sentence in refused.items():
+        expected = {"state": "failed", "send": True, "choices": True}
+        assert seen[name] == {**expected, "sentence": sentence, "announced": sentence}, name
+    assert re.match(
+        r"The browser does not give this page the memory .*could not all", seen["poor"]["sentence"]
+    )
+
+    # Threads or none, current browsers or old ones, dropped or chosen: the native runtime's text.
+    answers = [("gguf", "int8"), ("old", "int8"), ("alone", "q4_0")]
+    expected = {name: gguf_asked[quant] for name, quant in answers} | {"onnx": asked}
+    for name, told in expected.items():
+        found = seen[name]
+        assert found["text"] == found["announced"] == told.text, name
+        assert found["note"].startswith(f"{len(told.prompt)} tokens read · first token after")
+        assert f" {len(told.answer)} tokens written at " in found["note"]
+        assert found["ready"]["state"] == "ready" and found["focused"] == ["question", "question"]
+        assert not found["moved"], name
+        assert re.fullmatch(r"[\d.]+ MB", found["facts"]["memory"]) and "tokens/s" in found["facts"]["speed"]
+    facts = seen["gguf"]["facts"]
+    assert (facts["model"], facts["size"], facts["context"]) == (
+        "nano",
+        f"{size / 1e6:.1f} MB",
+        "1,024 tokens",
+    )
+    assert seen["alone"]["facts"]["device"] == "llama.cpp, 1 thread"
+    assert "on one thread, since its server does not isolate it" in seen["alone"]["ready"]["hint"]
+    assert seen["stopped"].endswith("· stopped")
+    assert seen["turns"] == 0  # another model, another conversation
+    assert seen["narrow"] == {"sideways": 0, "ground": "rgb(27, 25, 23)"}
+    assert seen["complaints"] == []
+    elsewhere = [
+        url for url in seen["requests"] if not url.startswith((f"http://{host}/", "blob:http://127"))
+    ]
+    assert elsewhere == []
 
 
 def test_the_pages_loop() -> None:
