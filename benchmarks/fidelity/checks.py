@@ -169,6 +169,34 @@ def check_chat_template(file: TokenFile, tokenizer: Tokenizer) -> str:
     return f"the checkpoint's, {len(got or '')} characters"
 
 
+def check_runners(artifact: Artifact, tokenizer: Tokenizer) -> str:
+    """What ExecuTorch's runners on phones make of the folder: their own token ids, and where answers end.
+
+    Without a tokenizer.json they know no markup: then only plain text is compared.
+    """
+    from fox_edge.pte_format import read_program
+    from runtimes.executorch.runner_tokenizer import RunnerTokenizer
+
+    told = read_program(artifact.model_path).constant("get_eos_ids")
+    ends = set(told) if isinstance(told, list) else {told}
+    if ends != tokenizer.stop_ids:
+        raise VerificationError(
+            f"the program ends answers at {sorted(ends)}, the checkpoint at {sorted(tokenizer.stop_ids)}"
+        )
+    theirs = RunnerTokenizer(artifact.path)
+    chat = tokenizer.render_chat([{"role": "user", "content": TOKENIZER_SAMPLES[0]}])
+    texts = (*TOKENIZER_SAMPLES, chat) if theirs.markup else TOKENIZER_SAMPLES
+    for text in texts:
+        want, got = tokenizer.encode(text, bos=False, special=True), theirs.encode(text)
+        if want != got:
+            raise VerificationError(
+                f"{theirs.path.name}: {text!r} becomes {got[:8]} in ExecuTorch's runners, "
+                f"the checkpoint's {want[:8]}"
+            )
+    markup = "" if theirs.markup else "; a chat's markup they do not know, for want of a tokenizer.json"
+    return f"{len(texts)} texts by {theirs.path.name} are the checkpoint's in ExecuTorch's own code{markup}"
+
+
 def check_tensors(file: ModelFile, artifact: Artifact, checkpoint: Checkpoint, threads: int) -> str:
     """Every tensor is there, as the manifest says it is, and its error is within its type's bound."""
     shapes, records = checkpoint.shapes(), {t.name: t for t in artifact.manifest.tensors}

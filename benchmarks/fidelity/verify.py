@@ -23,6 +23,7 @@ from benchmarks.fidelity.checks import (
     check_files,
     check_logits,
     check_manifest,
+    check_runners,
     check_source,
     check_special_tokens,
     check_tensors,
@@ -34,7 +35,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, FoxEdgeError, VerificationError
 from fox_edge.processors import available_cores
-from fox_edge.quant import INT4_LIMITS, ONNX, TYPES, Limits
+from fox_edge.quant import INT4_LIMITS, ONNX, PTE, TYPES, Limits
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import (
     SCORE_CHUNK,
@@ -86,6 +87,7 @@ def verify(
         with contextlib.closing(open_model_file(artifact)) as file:
             checks += [
                 *_token_checks(file, tokenizer),
+                *_phone_checks(artifact, tokenizer),
                 run_check("tie", lambda: file.tie() if config.tied else "the checkpoint is not tied"),
                 run_check(
                     "tensors", lambda: check_tensors(file, artifact, checkpoint, threads or available_cores())
@@ -170,6 +172,12 @@ def _token_checks(file: TokenFile, tokenizer: Tokenizer) -> list[Check]:
         run_check("special tokens", lambda: check_special_tokens(file, tokenizer)),
         run_check("chat template", lambda: check_chat_template(file, tokenizer)),
     ]
+
+
+def _phone_checks(artifact: Artifact, tokenizer: Tokenizer) -> list[Check]:
+    if artifact.manifest.format != PTE:
+        return []
+    return [run_check("phone tokenizer", lambda: check_runners(artifact, tokenizer))]
 
 
 def _report(

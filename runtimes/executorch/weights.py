@@ -122,7 +122,9 @@ def read_places(artifact: Artifact, pte: PteProgram) -> dict[str, Place]:
         at = _count(where, name, embedding, "column_scales_offset")
         places[name] = Place(**{**vars(places[name]), "column_scales": at})
     size = artifact.model_path.stat().st_size
-    held = set(pte.named.values())
+    held = {*pte.named.values()}
+    for method in pte.methods.values():
+        held |= {Region(t.constant, t.bytes) for t in method.tensors if t.constant is not None}
     for name, place in places.items():
         _check_place(where, name, place, size, held)
     return places
