@@ -67,9 +67,11 @@ def read_artifact_program(artifact: Artifact) -> FoxProgram:
     path, pte = artifact.model_path, read_program(artifact.model_path)
     config = FoxConfig.read(artifact.path / "config.json")
     forward, score = (_method(pte, name) for name in (FORWARD, SCORE))
+    # A program is exported for fewer positions than the model takes, since its cache is taken as a whole.
+    context = (artifact.manifest.pte or {}).get("context", artifact.manifest.context)
     for name, told, due in (
         ("get_vocab_size", pte.constant("get_vocab_size"), config.vocab_size),
-        ("get_max_context_len", pte.constant("get_max_context_len"), artifact.manifest.context),
+        ("get_max_context_len", pte.constant("get_max_context_len"), context),
         ("get_max_seq_len", pte.constant("get_max_seq_len"), forward.inputs[0].shape[1]),
         ("the width of forward's logits", forward.outputs[0].shape[-1], config.vocab_size),
         ("the width of score's logits", score.outputs[0].shape[-1], config.vocab_size),
@@ -78,11 +80,11 @@ def read_artifact_program(artifact: Artifact) -> FoxProgram:
             raise ArtifactError(
                 f"{path}: {name} is {told}, but {due} is what manifest and config.json say of it"
             )
-    caches = _caches(path, forward, score, artifact.manifest.context)
+    caches = _caches(path, forward, score, context)
     program = FoxProgram(
         pte,
         config,
-        context=artifact.manifest.context,
+        context=context,
         chunk=forward.inputs[0].shape[1],
         score_chunk=min(SCORE_CHUNK, score.inputs[0].shape[1]),
         kv=_kv(path, caches),
