@@ -7,7 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
+
+# `make test` runs two halves of the tests side by side. Each keeps to its own processors, and with it every
+# process that it starts: threads that wait by spinning would take from the other what it works with.
+if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    _all, _workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, _all[int(_worker.removeprefix("gw")) :: _workers] or _all)
+
+import torch  # counts the processors
 
 from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
@@ -19,6 +26,21 @@ torch.set_num_threads(1)
 # Before anything imports triton: where there is no card, its interpreter runs the CUDA kernels on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Files that share what is dear to make: another tool's export of the embedded model, or the tables that ggml
+# makes for its smallest types.
+_TOGETHER = {
+    **dict.fromkeys(("test_foreign.py", "test_sharing.py"), "optimum"),
+    **dict.fromkeys(("test_ggml.py", "test_ggml_grids.py", "test_gguf_types.py"), "ggml"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those of a file run in one process: its fixtures are made once."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(item.path.name, file)))
 
 
 @pytest.fixture(scope="session")
