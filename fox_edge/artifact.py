@@ -67,6 +67,12 @@ class Manifest:
         return sum(t.bytes for t in self.tensors)
 
     @property
+    def positions(self) -> int:
+        """The longest context: an ExecuTorch program's cache has as many positions as it was exported for."""
+        told = (self.pte or {}).get("context")
+        return told if type(told) is int and 0 < told <= self.context else self.context
+
+    @property
     def bits_per_weight(self) -> float:
         """Storage per parameter, over the whole model."""
         return 8 * self.weight_bytes / self.parameters

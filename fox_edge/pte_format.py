@@ -28,11 +28,11 @@ MAX_DIMENSIONS = 16
 # ExecuTorch's ScalarType -> numpy's name, for those that a language model has.
 SCALARS = {
     **{0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64"},
-    **{5: "float16", 6: "float32", 11: "bool", 15: "bfloat16"},
+    **{5: "float16", 6: "float32", 7: "float64", 11: "bool", 15: "bfloat16"},
 }
 _SIZES = {
     **{"uint8": 1, "int8": 1, "bool": 1, "int16": 2, "float16": 2, "bfloat16": 2},
-    **{"int32": 4, "float32": 4, "int64": 8},
+    **{"int32": 4, "float32": 4, "int64": 8, "float64": 8},
 }
 
 # The members of the union KernelTypes that are read.

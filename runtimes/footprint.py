@@ -30,7 +30,7 @@ from runtimes.base import (
     open_model,
     split_prefix,
 )
-from runtimes.kv_types import TORCH, default_kv
+from runtimes.kv_types import TORCH, artifact_kv, default_kv
 from runtimes.memory import MemoryNeed, available_bytes, resident_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _open(target: str, runtime: Runtime) -> tuple[Artifact | ForeignOnnx | Check
     if isinstance(model, Artifact):
         config = FoxConfig.read(path / "config.json")
         manifest = model.manifest
-        return model, _About(manifest.context, config.vocab_size, kv or default_kv(manifest.format))
+        return model, _About(manifest.positions, config.vocab_size, kv or artifact_kv(manifest))
     graph = model.interface
     return model, _About(model.context, graph.vocab_size, np.dtype(graph.kv_type).name)
 

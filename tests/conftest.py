@@ -85,6 +85,16 @@ def nano_gguf(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Art
 
 
 @pytest.fixture(scope="session")
+def pte_artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny checkpoint as an int4 ExecuTorch artifact of 96 positions; not to be written to."""
+    from export.pte import export_pte
+    from fox_edge.quant import PTE, find_recipe
+
+    folder = tmp_path_factory.mktemp("artifacts") / "tiny-pte"
+    return export_pte(tiny_256, folder, find_recipe(PTE, "int4"), threads=1, context=96)
+
+
+@pytest.fixture(scope="session")
 def optimum_folder(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What Optimum's own exporter makes of the embedded model; not to be written to."""
     from optimum.exporters.onnx import main_export

@@ -29,7 +29,7 @@ from runtimes.base import (
     runtime_of_format,
     split_prefix,
 )
-from runtimes.kv_types import KV_TYPES, TORCH, kv_bytes_per_position
+from runtimes.kv_types import KV_TYPES, TORCH, artifact_kv, kv_bytes_per_position
 
 if TYPE_CHECKING:
     from fox_edge.tokenizer import Tokenizer
@@ -131,6 +131,8 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
     stores = runtime.kv or manifest.format
     if kv not in KV_TYPES[stores]:
         kv = None  # its session will refuse it
+    if stores == manifest.format:
+        kv = kv or artifact_kv(manifest)
     embedding = sum(t.bytes for t in manifest.tensors if t.name == EMBEDDING)
     weights, embedding = _held(runtime, artifact, (manifest.weight_bytes, embedding))
     return Subject(
@@ -143,7 +145,7 @@ def _artifact(spec: str, target: str, runtime: Runtime | None, kv: str | None) -
         weight_bytes=weights,
         unread_bytes=_unread(config, embedding),
         kv_bytes_per_position=kv_bytes_per_position(config, stores, kv),
-        context=manifest.context,
+        context=manifest.positions,
         config=config,
         folder=path,
         opened_by=runtime,

@@ -101,8 +101,7 @@ def check_manifest(artifact: Artifact, checkpoint: Checkpoint) -> str:
     due: dict[str, Any] = {
         "tied": config.tied,
         "parameters": config.num_parameters(),
-        # An ExecuTorch program is exported for so many positions, and no more than the model has.
-        "context": min(manifest.context, config.max_positions) if manifest.pte else config.max_positions,
+        "context": config.max_positions,
         **{f"config.json's {k}": v for k, v in asdict(config).items()},
         **{f"the shape of {name}": shape for name, shape in shapes.items()},
     }

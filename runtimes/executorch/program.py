@@ -68,7 +68,7 @@ def read_artifact_program(artifact: Artifact) -> FoxProgram:
     config = FoxConfig.read(artifact.path / "config.json")
     forward, score = (_method(pte, name) for name in (FORWARD, SCORE))
     # A program is exported for fewer positions than the model takes, since its cache is taken as a whole.
-    context = (artifact.manifest.pte or {}).get("context", artifact.manifest.context)
+    context = artifact.manifest.positions
     for name, told, due in (
         ("get_vocab_size", pte.constant("get_vocab_size"), config.vocab_size),
         ("get_max_context_len", pte.constant("get_max_context_len"), context),

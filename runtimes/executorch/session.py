@@ -63,6 +63,11 @@ class PteSession:
         # The cache is as long as it was exported: less of it takes no less memory.
         fitting_context(need, options.context, limit, str(artifact.path))
         engine = Engine(artifact.model_path, options.threads or physical_cores())
+        try:
+            engine.use(FORWARD)
+        except BaseException:
+            engine.close()
+            raise
         self._begin(_Shared(engine, program), options.context or limit)
 
     def _begin(self, shared: _Shared, context: int) -> None:
