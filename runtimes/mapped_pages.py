@@ -19,21 +19,21 @@ _MADV_DONTNEED = 4
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [0-9]+ +(/.*)")
 
 
-def drop_pages(path: Path) -> None:
-    """Let go of all pages of a file that are mapped and were never written to."""
+def drop_pages(*paths: Path) -> None:
+    """Let go of all pages of these files that are mapped and were never written to."""
     with contextlib.suppress(OSError, AttributeError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for start, size in list(_clean(os.fspath(path.resolve()))):
+        for start, size in list(_clean({os.fspath(path.resolve()) for path in paths})):
             madvise(start, size, _MADV_DONTNEED)
 
 
-def _clean(path: str) -> Iterator[tuple[int, int]]:
-    """Address and size of every mapping of a file that holds nothing but the file's own pages."""
+def _clean(paths: set[str]) -> Iterator[tuple[int, int]]:
+    """Address and size of every mapping of these files that holds nothing but a file's own pages."""
     start, stop, named = 0, 0, False
     for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         if found := _RANGE.fullmatch(line):
-            start, stop, named = int(found[1], 16), int(found[2], 16), found[3] == path
+            start, stop, named = int(found[1], 16), int(found[2], 16), found[3] in paths
         elif "-" in line.split(" ", 1)[0]:
             named = False
         elif named and line.startswith("Anonymous:") and line.split()[1] == "0":

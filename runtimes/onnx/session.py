@@ -239,9 +239,8 @@ def _open(artifact: Artifact, graph: onnx.ModelProto, kv: str, options: SessionO
         engine = open_packed(artifact, graph, model, threads)
     else:
         engine = open_engine(model, artifact.path, threads, artifact.model_path, device=options.device)
-    for path in _data_files(artifact, graph):
-        # Scales were read in order to be packed; of the embedding, rows come as they are asked for.
-        drop_pages(path)
+    # Scales were read in order to be packed; of the embedding, rows come as they are asked for.
+    drop_pages(*_data_files(artifact, graph))
     trim_heap()
     return engine
 

@@ -42,6 +42,8 @@ def test_clean_pages_go_and_come_back(file: Path, tmp_path: Path) -> None:
     drop_pages(file)
     assert (resident(file), resident(tmp_path / "another")) == (0, SIZE)
     assert held[:] == b"x" * SIZE
+    drop_pages(file, tmp_path / "another")
+    assert (resident(file), resident(tmp_path / "another")) == (0, 0)
 
 
 def test_what_was_written_stays(file: Path) -> None:

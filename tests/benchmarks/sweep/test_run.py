@@ -18,7 +18,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.cli import EXIT_OK, main
 from fox_edge.grammar import EXIT_MISTAKE
 
-QUESTIONS = 6
+QUESTIONS = 4
 TEXT = f"""
 checkpoints = "nano"
 reference = false

@@ -22,7 +22,7 @@ from fox_edge.quant import GGUF, find_recipe
 from tests.runtimes.llama_cpp.mutations import Regions, mutate
 
 REPOSITORY = Path(__file__).parents[3]
-SEEDS, BATCH = range(200), 50
+SEEDS, BATCH = range(200), 100
 TIMEOUT_S = 240
 
 # argv: the artifact's folder, its checkpoint's, a folder to work in, the seeds. One line of JSON per seed.
