@@ -22,7 +22,7 @@ from executorch.exir._serialize._program import (
     _get_extended_header,
     _insert_flatbuffer_header,
 )
-from executorch.exir.schema import DataLocation, DataSegment, Program, Tensor
+from executorch.exir.schema import DataLocation, DataSegment, DelegateCall, Program, Tensor
 
 # Large data begin on a page of their own, small ones as XNNPACK and the operators want them.
 _PAGE_BYTES, _LINE_BYTES = 4096, 128
@@ -92,6 +92,7 @@ class PteFile:
                 at += sizes[key]
         self._end = at
         self._renumber(moved)
+        self._load_head_first()
         self._program.segments = segments
         self._alias(data[constants])
         self._head = self._serialized()
@@ -149,6 +150,16 @@ class PteFile:
             for delegate in plan.delegates:
                 if delegate.processed.location == DataLocation.SEGMENT:
                     delegate.processed.index = moved[delegate.processed.index]
+
+    def _load_head_first(self) -> None:
+        """Delegates are loaded in the order of their list, and each one's data are in memory twice meanwhile:
+        the largest comes first, when nothing else is there yet."""
+        for plan in self._program.execution_plan:
+            plan.delegates.reverse()
+            calls = (step.instr_args for chain in plan.chains for step in chain.instructions)
+            for call in calls:
+                if isinstance(call, DelegateCall):
+                    call.delegate_index = len(plan.delegates) - 1 - call.delegate_index
 
     def _alias(self, constants: bytes) -> None:
         """Point each table's constant at its data, and let the constant segment reach that far."""
