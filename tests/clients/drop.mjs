@@ -60,23 +60,22 @@ async function opened(page) {
 /** A file or folder of this machine, dropped as a person does it. */
 async function drop(page, path) {
   const cdp = await context.newCDPSession(page);
+  await expectChange(page);
   const data = { items: [], files: [path], dragOperationsMask: 1 };
   for (const type of ["dragEnter", "dragOver", "drop"]) {
     await cdp.send("Input.dispatchDragEvent", { type, x: 300, y: 500, data });
   }
-  await changed(page);
-}
-
-/** Wait until what was dropped or chosen is open, or refused. */
-async function changed(page) {
-  await page.waitForTimeout(50);
   await settled(page);
 }
 
 async function choose(page, input, path) {
+  await expectChange(page);
   await page.setInputFiles(input, path);
-  await changed(page);
+  await settled(page);
 }
+
+/** From now on the page is settled only when it has said so anew. */
+const expectChange = (page) => page.evaluate(() => (document.body.dataset.state = "loading"));
 
 const refusal = (page) =>
   page.evaluate(() => ({
