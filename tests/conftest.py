@@ -86,12 +86,12 @@ def nano_gguf(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Art
 
 @pytest.fixture(scope="session")
 def pte_artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The tiny checkpoint as an int4 ExecuTorch artifact of 96 positions; not to be written to."""
+    """The tiny checkpoint as an int4 ExecuTorch artifact of 200 positions; not to be written to."""
     from export.pte import export_pte
     from fox_edge.quant import PTE, find_recipe
 
     folder = tmp_path_factory.mktemp("artifacts") / "tiny-pte"
-    return export_pte(tiny_256, folder, find_recipe(PTE, "int4"), threads=1, context=96)
+    return export_pte(tiny_256, folder, find_recipe(PTE, "int4"), threads=1, context=200)
 
 
 @pytest.fixture(scope="session")
@@ -123,3 +123,14 @@ def optimum_int8_folder(optimum_folder: Path) -> Path:
     settings = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
     ORTQuantizer.from_pretrained(optimum_folder, file_name="model.onnx").quantize(settings, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pte(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tied random checkpoint as an ExecuTorch program with every type of matrix; not to be written to."""
+    from export.pte import export_pte
+    from fox_edge.quant import INT4_LIMITS, NEAREST, PTE, Recipe
+
+    rules = (("*.v_proj.weight", "q8row"), ("*.o_proj.weight", "q8row"), ("*.up_proj.weight", "float32"))
+    recipe = Recipe("mixed", PTE, "q4s32", rules, INT4_LIMITS, NEAREST)
+    return export_pte(tiny, tmp_path_factory.mktemp("artifacts") / "tiny-pte", recipe)

@@ -11,7 +11,7 @@ import pytest
 
 from export.gguf import export_gguf
 from export.onnx import export_onnx
-from fox_edge.artifact import MANIFEST
+from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import FoxEdgeError
 from fox_edge.quant import GGUF, ONNX, find_recipe
@@ -38,19 +38,28 @@ def folders(
     return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.fixture(params=["gguf", "onnx", "in place", "optimum", "torch"])
+@pytest.fixture(params=["gguf", "onnx", "pte", "in place", "optimum", "torch"])
 def session(
     request: pytest.FixtureRequest, folders: dict[str, Path], tiny: Checkpoint
 ) -> Iterator[SharingSession]:
     if request.param == "torch":
         opened: SharingSession = TorchSession(tiny, OPTIONS)
     else:
-        path = folders.get(request.param) or request.getfixturevalue("optimum_folder")
+        path = folders.get(request.param) or _from_fixture(request)
         found = open_session(open_model(path), OPTIONS)
         assert isinstance(found, SharingSession)
         opened = found
     with contextlib.closing(opened):
         yield opened
+
+
+def _from_fixture(request: pytest.FixtureRequest) -> Path:
+    """What other tests export too."""
+    if request.param == "pte":
+        artifact: Artifact = request.getfixturevalue("pte_artifact")
+        return artifact.path
+    folder: Path = request.getfixturevalue("optimum_folder")
+    return folder
 
 
 def test_another_conversation_is_empty_and_on_its_own(session: SharingSession) -> None:
