@@ -9,8 +9,11 @@ bytes, nor what verification checks.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from export.common import (
 )
 from export.guidance import guidance
 from export.pte_tokenizer import write_runner_tokenizer
-from export.rounding import write_weights
+from export.rounding import Target, write_weights
 from fox_edge.artifact import Artifact, ArtifactWriter, TensorRecord
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import MissingPackageError, RecipeError
@@ -70,11 +73,10 @@ def export_pte(
     context = _check_context(checkpoint, context)
     assignments = recipe.resolve(checkpoint.shapes())
     guide = guidance(checkpoint, recipe, assignments, rounding=rounding, calibrate=calibrate, imatrix=imatrix)
-    plan = _Plan(checkpoint, assignments, context, kv)
-    from export.pte_weights import PteTarget
-
     made_by = versions("executorch", "torchao", "torch")
     with ArtifactWriter(target, replace) as writer:
+        with _silence():
+            plan = _Plan(checkpoint, assignments, context, kv)
         writer.need(needed_bytes(checkpoint, assignments) + plan.file.nbytes)
         model = writer.folder / MODEL_FILE
         write_weights(
@@ -89,7 +91,7 @@ def export_pte(
                 "kv": kv,
             },
             prepare=plan.file.begin,
-            target=lambda handle: PteTarget(handle, checkpoint, plan.tensors, plan.scaled, plan.factors),
+            target=lambda handle: plan.target(handle, checkpoint),
             threads=threads or available_cores(),
             progress=progress,
         )
@@ -148,6 +150,12 @@ class _Plan:
             for name, (key, scales) in keys.items()
         }
 
+    def target(self, handle: int, checkpoint: Checkpoint) -> Target:
+        """What takes the weights of this plan."""
+        from export.pte_weights import PteTarget
+
+        return PteTarget(handle, checkpoint, self.tensors, self.scaled, self.factors)
+
     def records(self, assignments: Mapping[str, Assignment]) -> Iterator[TensorRecord]:
         """One record per checkpoint tensor; the tied matrix counts the factors of its columns."""
         for name, stored in self.tensors.items():
@@ -203,6 +211,19 @@ def _check_context(checkpoint: Checkpoint, asked: int | None) -> int:
             f"a context of {asked} positions was asked for, but {LEAST_CONTEXT} to {most} are possible"
         )
     return asked
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torchao, torch.export and ExecuTorch have to say to their own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _check_packages() -> None:

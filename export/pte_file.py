@@ -59,24 +59,25 @@ class PteFile:
         self._program: Program = _flatbuffer_to_program(program[: header.program_size])
         base = header.segment_base_offset
         data = [program[base + s.offset : base + s.offset + s.size] for s in self._program.segments]
-        names = {n.segment_index: n.key for n in self._program.named_data or []}
+        names = {n.segment_index: str(n.key) for n in self._program.named_data or []}
         self._tables = list(tables)
         constants = self._program.constant_segment.segment_index
         shared = [table.key for table in self._tables]
 
         def order(index: int) -> tuple[int, int]:
             """Payloads and small data, then weights, then constants and what they share, at the end."""
-            key = names.get(index)
+            key = names.get(index, "")
             if index == constants:
                 return 2, index
             return (3 if key in shared else 1 if key in sizes else 0), index
 
         self._small: list[tuple[int, bytes]] = []
-        at, moved, self._keyed = 0, {}, {}
+        self._keyed: dict[str, tuple[int, int]] = {}
+        at, moved = 0, {}
         segments: list[DataSegment] = []
         for index in sorted(range(len(data)), key=order):
-            key = names.get(index)
-            size = len(data[index]) if key not in sizes else sizes[key]
+            key = names.get(index, "")
+            size = sizes.get(key, len(data[index]))
             at = _aligned(at, size)
             if key in sizes:
                 self._keyed[key] = (at, size)

@@ -218,7 +218,7 @@ class _Whole(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         length = tokens.shape[1]
-        position: int = input_pos[-1].item()  # type: ignore[assignment]
+        position: int = input_pos[-1].item()
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
         turns = [self._turn(table, position, length) for table in (self.cos, self.sin)]
@@ -228,7 +228,7 @@ class _Whole(nn.Module):
             x, q, k, v = unit(x, cache(q, k, v, position), *turns)
         y = self.caches[-1](q, k, v, position)
         if self.all_rows:
-            return self.last(x, y)[0]  # type: ignore[no-any-return]
+            return self.last(x, y)[0]
         logits: Tensor = self.last(x[:, -1:], y[:, -1:])[0]
         return logits[:, 0]
 

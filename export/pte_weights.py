@@ -26,8 +26,10 @@ from fox_edge.quant import QuantType
 TASK_WEIGHTS = 1 << 17
 # Of one scale, by the bits of the integers: bfloat16 for 4, float32 for 8.
 SCALE_BYTES = {4: 2, 8: 4}
-# A block of zeros needs a scale too: XNNPACK takes none that is 0 or below float32's normal numbers.
+# A block of zeros needs a scale too: XNNPACK takes none that is 0 or below float32's normal numbers. Its
+# integers are then the ones in the middle, by the byte.
 _SMALLEST_SCALE = 2.0**-100
+_MIDDLE = {4: 0x88, 8: 0x80}
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ def round_rows(rows: Tensor, type_: QuantType, guide: Guide) -> Blocks:
         blocks = quantize_compensated(rows, type_, guide)
     else:
         blocks = quantize(rows, type_, guide)
+    packed = torch.where((blocks.scales == 0)[..., None], _MIDDLE[type_.bits], blocks.packed)
     scales = blocks.scales.clamp(min=_SMALLEST_SCALE)
-    return blocks._replace(scales=scales.bfloat16().float() if type_.bits == 4 else scales)
+    return Blocks(packed, scales.bfloat16().float() if type_.bits == 4 else scales, None)
 
 
 def as_stored(blocks: Blocks, type_: QuantType) -> Tensor:
