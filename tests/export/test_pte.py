@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,3 +201,14 @@ def test_flags_of_this_format_alone(
 ) -> None:
     assert main(["export", "nano", str(tmp_path / "out"), "--format", "gguf", *flag]) == 2
     assert f"{flag[0]} is for --format pte, not gguf" in capsys.readouterr().err
+
+
+def test_the_lines_of_the_docs_read_a_row(tiny_pte: Artifact, tiny: Checkpoint) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pte.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert lines.count("\n") <= 35
+    found: dict[str, Any] = {}
+    exec(compile(lines, "docs/pte.md", "exec"), found)
+    wanted = as_stored(tiny_pte, tiny).model.embed_tokens.weight.detach().numpy()
+    for token in (0, 5, TINY.vocab_size - 1):
+        assert np.allclose(found["embedding_row"](tiny_pte.path, token), wanted[token], rtol=1e-6, atol=0)
