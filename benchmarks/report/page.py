@@ -85,7 +85,7 @@ def _advice(report: Mapping[str, Any]) -> str:
     cards = []
     for said in report.get("advice") or ():
         profile, row = profiles.get(said["profile"], {}), formats.get(said.get("artifact"), {})
-        kind = f"is-{row['format']}" if row.get("format") in ("gguf", "onnx") else "is-other"
+        kind = f"is-{row['format']}" if row.get("format") in ("gguf", "onnx", "pte") else "is-other"
         name = said.get("name") or "none"
         cards.append(
             f"<article class='card {kind if said.get('artifact') else 'none'}'>"

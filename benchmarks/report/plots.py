@@ -31,7 +31,7 @@ from benchmarks.report.svg import (
 Row = Mapping[str, Any]
 
 _Z95 = 1.959963984540054
-_SHAPES = {"gguf": "circle", "onnx": "square"}
+_SHAPES = {"gguf": "circle", "onnx": "square", "pte": "triangle"}
 # A profile's cap is drawn where it is at most this many times the longest bar; else it is put in words.
 _CAP_IN_SIGHT = 2.5
 
@@ -286,7 +286,7 @@ def _class(row: Row) -> str:
     """The CSS class that colours a row; what is not ours is hatched whatever it is."""
     if row.get("ours") is False:
         return "published"
-    return f"is-{row['format']}" if row.get("format") in ("gguf", "onnx", "torch") else "is-other"
+    return f"is-{row['format']}" if row.get("format") in ("gguf", "onnx", "pte", "torch") else "is-other"
 
 
 def _stroke(row: Row) -> str:

@@ -2,10 +2,12 @@
 
 CSS = """
 :root{color-scheme:light dark;--paper:#fbfaf8;--ink:#1c1b19;--soft:#66625b;--rule:#dcd8d0;--panel:#f3f0ea;
---gguf:#2b6cb0;--onnx:#c05621;--torch:#57534b;--other:#7c6a9c;--hatch:#a8a297;--cap:#a03352;--track:#ebe7df;
+--gguf:#2b6cb0;--onnx:#c05621;--pte:#2f7a4f;--torch:#57534b;
+--other:#7c6a9c;--hatch:#a8a297;--cap:#a03352;--track:#ebe7df;
 --beaten:#ece8e0}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#171614;--ink:#ece8e1;--soft:#a49e93;
---rule:#35322d;--panel:#201e1b;--gguf:#6aa9e9;--onnx:#f0925a;--torch:#b5aea2;--other:#b7a3dd;--hatch:#6f695f;
+--rule:#35322d;--panel:#201e1b;--gguf:#6aa9e9;--onnx:#f0925a;--pte:#74c996;--torch:#b5aea2;
+--other:#b7a3dd;--hatch:#6f695f;
 --cap:#ef8fa8;--track:#26231f;--beaten:#211f1b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
@@ -26,7 +28,8 @@ font-weight:600}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:16px}
 .card{padding:16px 18px 18px;background:var(--panel);border-radius:10px;border-top:4px solid var(--edge);
 overflow-wrap:anywhere}
-.card.is-gguf{--edge:var(--gguf)}.card.is-onnx{--edge:var(--onnx)}.card.is-other{--edge:var(--other)}
+.card.is-gguf{--edge:var(--gguf)}.card.is-onnx{--edge:var(--onnx)}.card.is-pte{--edge:var(--pte)}
+.card.is-other{--edge:var(--other)}
 .card.none{--edge:var(--hatch)}
 .card h3{margin:6px 0;font-size:1.25rem;letter-spacing:-.01em}
 .card.none h3{color:var(--soft)}
@@ -76,8 +79,10 @@ svg .cap-name{fill:var(--cap);font-size:11.5px}
 svg .range{stroke-width:4;stroke-linecap:round;opacity:.55}
 svg .range.thin{stroke-width:1.6;opacity:.8}
 svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}
-.is-gguf{fill:var(--gguf)}.is-onnx{fill:var(--onnx)}.is-torch{fill:var(--torch)}.is-other{fill:var(--other)}
-svg .line-gguf{stroke:var(--gguf)}svg .line-onnx{stroke:var(--onnx)}svg .line-torch{stroke:var(--torch)}
+.is-gguf{fill:var(--gguf)}.is-onnx{fill:var(--onnx)}.is-pte{fill:var(--pte)}
+.is-torch{fill:var(--torch)}.is-other{fill:var(--other)}
+svg .line-gguf{stroke:var(--gguf)}svg .line-onnx{stroke:var(--onnx)}svg .line-pte{stroke:var(--pte)}
+svg .line-torch{stroke:var(--torch)}
 svg .line-other{stroke:var(--other)}
 svg .light{opacity:.38}
 svg .published,svg .projected{fill:url(#hatch)}.hatch-paper{fill:var(--panel)}.hatch-line{fill:var(--hatch)}

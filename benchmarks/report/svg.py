@@ -47,9 +47,12 @@ def whisker(x1: float, x2: float, y: float, kind: str = "whisker") -> str:
 
 
 def mark(x: float, y: float, shape: str, kind: str) -> str:
-    """A 'circle', a 'square' or a 'diamond': colour is never the only difference."""
+    """A 'circle', a 'square', a 'triangle' or a 'diamond': colour is never the only difference."""
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" class="{kind}"/>'
+    if shape == "triangle":
+        corners = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y + 5:.1f} {x - 6:.1f},{y + 5:.1f}"
+        return f'<polygon points="{corners}" class="{kind}"/>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == "diamond" else ""
     return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" class="{kind}"{turn}/>'
 

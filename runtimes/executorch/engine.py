@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import io
 import sys
 import weakref
@@ -112,7 +111,6 @@ class Engine:
 
     def _drop_method(self) -> None:
         self._name, self._method = "", None
-        gc.collect()
 
     def _refused(self, error: RuntimeError, log: io.StringIO) -> ArtifactError:
         """ExecuTorch's own words: an error's number, and what it wrote to its log on the way."""

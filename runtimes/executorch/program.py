@@ -26,6 +26,10 @@ _BACKEND = "XnnpackBackend"
 _KV_KINDS = {"float32": "float32", "int8": "int8"}
 
 
+# What XNNPACK keeps beside each row of a packed matrix: a sum of its integers and a bias.
+_ROW_BYTES = 8
+
+
 @dataclass(frozen=True)
 class FoxProgram:
     """A .pte that can be run: what a session and a user are told of it."""
@@ -58,8 +62,12 @@ class FoxProgram:
 
     @property
     def packed_bytes(self) -> int:
-        """What XNNPACK packs of the file when a method is loaded: about as much as it reads."""
-        return sum(region.bytes for region in set(self.pte.named.values()))
+        """What XNNPACK packs of the file when a method is loaded: what it reads, and two numbers per row."""
+        config = self.config
+        attention = config.num_heads * config.head_dim + 2 * config.kv_dim + config.hidden_size
+        layer = attention + 2 * config.intermediate_size + config.hidden_size
+        rows = config.num_layers * layer + config.vocab_size
+        return sum(region.bytes for region in set(self.pte.named.values())) + _ROW_BYTES * rows
 
 
 def read_artifact_program(artifact: Artifact) -> FoxProgram:

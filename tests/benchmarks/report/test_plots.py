@@ -17,6 +17,7 @@ from benchmarks.report.plots import (
     pareto,
     projection_plot,
 )
+from benchmarks.report.style import CSS
 from benchmarks.report.svg import WIDTH, nice_ticks, shortened
 from tests.benchmarks.sample_report import (
     NAMES,
@@ -115,6 +116,15 @@ def test_the_memory_plot_stacks_own_and_file_pages(rows):
     )
     (alone,) = svg(memory_plot([{"name": "x", "format": "gguf", "peak_rss_bytes": 5e6}])).iter("rect")
     assert alone.get("class") == "is-gguf"
+
+
+def test_every_format_has_a_shape_and_a_colour_of_its_own():
+    shapes = {"gguf": "circle", "onnx": "rect", "pte": "polygon"}
+    text = front_plot([point(n + 1, 0.1 / (n + 1), f) | {"format": f} for n, f in enumerate(shapes)])
+    for format, shape in shapes.items():
+        (mark,) = [m for m in svg(text).iter(shape) if m.get("class", "").split()[:1] == [f"is-{format}"]]
+        assert f".is-{format}{{fill:var(--{format})}}" in CSS
+    assert len(mark.get("points").split()) == 3
 
 
 def test_caps_are_drawn_at_their_megabytes_where_they_are_in_sight(full):
