@@ -6,8 +6,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fox_edge.processors import available_cores
@@ -35,6 +37,9 @@ _WANTED: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
 )
 
 
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
 def examine() -> dict[str, Any]:
     """Try every runtime; keys: machine, findings[].name .works .version .detail."""
     return {
@@ -43,7 +48,7 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "processors": available_cores(),
         },
-        "findings": [asdict(_try(*wanted)) for wanted in _WANTED] + [asdict(_cuda())],
+        "findings": [asdict(_try(*wanted)) for wanted in _WANTED] + [asdict(_cuda()), asdict(_browser())],
     }
 
 
@@ -109,6 +114,19 @@ def _cuda() -> Finding:
     if importlib.util.find_spec("triton") is None:
         return Finding(name, False, found.cuda, f"{detail}, but triton is not installed: pip install triton")
     return Finding(name, True, f"CUDA {found.cuda}", detail)
+
+
+def _browser() -> Finding:
+    """What `fox-edge bench --runtime browser` needs: a browser, and the page as `make clients` builds it."""
+    name = "browser (bench --runtime browser)"
+    found = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if found is None:
+        return Finding(name, False, None, f"none of {', '.join(_BROWSERS)} is installed")
+    page = importlib.util.find_spec("runtimes.browser")
+    built = [Path(place) / "vendor" for place in (page and page.submodule_search_locations) or ()]
+    if not any(folder.is_dir() for folder in built):
+        return Finding(name, False, None, f"{found}, but its page is not built: make clients")
+    return Finding(name, True, None, found)
 
 
 def _version(module: str) -> str:

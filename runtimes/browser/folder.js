@@ -66,8 +66,19 @@ export class ServedFolder extends Folder {
     return Object.keys(this.manifest.files ?? {});
   }
 
-  async blob(file, onBytes) {
-    return new Blob([await this.bytes(file, onBytes)]);
+  /** A file in the browser's keeping: it streams there, and this thread never holds all of it. */
+  async blob(file, onBytes = () => {}) {
+    const response = await this.#fetch(file);
+    const total = Number(response.headers.get("content-length") ?? 0);
+    let done = 0;
+    const counted = new TransformStream({
+      transform(part, out) {
+        done += part.length;
+        onBytes(done, total);
+        out.enqueue(part);
+      },
+    });
+    return new Response(response.body.pipeThrough(counted)).blob();
   }
 
   /** A file as bytes; one buffer of the announced size is filled in place, so that it is held once. */

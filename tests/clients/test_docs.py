@@ -1,8 +1,9 @@
-"""What docs/onnx-clients.md tells a reader to type works, and its figures are those of the files."""
+"""What docs/onnx-clients.md and docs/browser.md tell a reader to type works, and their figures are true."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -15,11 +16,13 @@ from fox_edge.artifact import Artifact
 from fox_edge.cli import parse
 from fox_edge.tokenizer import Tokenizer
 from runtimes.base import SessionOptions, open_session
+from runtimes.browser.server import HERE as PAGE
 from runtimes.generate import generate
 from tests.clients.helpers import HERE, need_node
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "onnx-clients.md").read_text(encoding="utf-8")
+BROWSER = (DOCS / "browser.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = [body for language, body in BLOCKS if language == "python"]
 QUESTION = "Ivy has 4 crates of 12 apples. She gives 9 away. How many are left?"
@@ -55,8 +58,10 @@ def test_javascript_example(answer: str, exported: Artifact) -> None:
     assert done.stdout.strip() == answer
 
 
-def test_commands_parse() -> None:
-    lines = [line for language, body in BLOCKS if language == "sh" for line in body.splitlines()]
+@pytest.mark.parametrize("text", [TEXT, BROWSER], ids=["onnx-clients", "browser"])
+def test_commands_parse(text: str) -> None:
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+    lines = [line for language, body in blocks if language == "sh" for line in body.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
     ours = [command for command in commands if command[0] == "fox-edge"]
     assert ours
@@ -76,6 +81,13 @@ def test_sizes(exported: Artifact) -> None:
 
 
 def test_pictures_exist() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT + BROWSER)
     assert pictures == ["browser.png"]
     assert all((DOCS / name).stat().st_size < 200_000 for name in pictures)
+
+
+def test_versions_in_the_browser_are_those_that_are_installed() -> None:
+    packages = json.loads((PAGE / "package.json").read_text())["dependencies"]
+    assert f"wllama {packages['@wllama/wllama']} |" in BROWSER
+    assert f"onnxruntime-web {packages['onnxruntime-web']} |" in BROWSER
+    assert packages["@wllama/wllama"] == packages["@wllama/wllama-compat"]

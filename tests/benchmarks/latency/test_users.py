@@ -20,7 +20,7 @@ from benchmarks.latency.users import (
 )
 from benchmarks.latency.workloads import find_workload, waves
 from fox_edge.errors import FoxEdgeError
-from runtimes.base import SessionOptions
+from runtimes.base import RemoteSession, SessionOptions, TimedTurn
 from runtimes.generate import generate
 from runtimes.lookup import LookupSession
 from tests.benchmarks.fake_session import BatchingSession, Clock, FakeSession
@@ -38,6 +38,40 @@ def test_a_chat_s_turn_costs_its_own_tokens_and_the_one_that_was_not_run():
     # The cache is never begun anew: what was said stays.
     assert session.length == sum(lengths) + 6 * 65 - 1
     assert [turn.prompt_s for turn in turns] == pytest.approx([0.01 * t.prompt_tokens for t in turns])
+
+
+class OwnClock(FakeSession):
+    """A session in a program of its own: a turn of n tokens is asked at n, and the answer takes n seconds."""
+
+    load_s = 1.25
+
+    def converse(self, turns, decode_tokens):
+        return [
+            TimedTurn(
+                len(turn),
+                len(turn),
+                0.5,
+                [len(turn) * (1 + k / decode_tokens) for k in range(decode_tokens + 1)],
+            )
+            for turn in turns
+        ]
+
+    def occupied(self):
+        raise NotImplementedError
+
+
+def test_a_session_with_a_clock_of_its_own_is_believed():
+    def no_clock():
+        raise AssertionError("our clock has nothing to say")
+
+    session = OwnClock(no_clock)
+    assert isinstance(session, RemoteSession) and not isinstance(FakeSession(Clock()), RemoteSession)
+    turns = time_conversation(session, [[1] * 4, [1] * 8], 2, no_clock)
+    assert turns == [Turn(4, 4, 0.5, [4, 6, 8]), Turn(8, 8, 0.5, [8, 12, 16])]
+    found = measure_waves([session], [[[[1] * 4, [1] * 8]]], 2, Clock())
+    assert found["decode_tokens_per_s"] == pytest.approx(4 / (4 + 8))
+    assert found["prompt_tokens_per_s"] == pytest.approx(12 / 1.0)
+    assert session.log == []
 
 
 def test_percentiles_are_of_all_times_between_tokens_and_of_nothing_else():
