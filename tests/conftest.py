@@ -36,6 +36,7 @@ _TOGETHER = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a file run in one process: its fixtures are made once."""
     for item in items:
@@ -82,16 +83,6 @@ def nano_gguf(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Art
 
     folder = tmp_path_factory.mktemp("artifacts") / "nano-int8"
     return export_gguf(nano, folder, find_recipe(GGUF, "int8"), threads=1)
-
-
-@pytest.fixture(scope="session")
-def pte_artifact(tiny_256: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The tiny checkpoint as an int4 ExecuTorch artifact of 200 positions; not to be written to."""
-    from export.pte import export_pte
-    from fox_edge.quant import PTE, find_recipe
-
-    folder = tmp_path_factory.mktemp("artifacts") / "tiny-pte"
-    return export_pte(tiny_256, folder, find_recipe(PTE, "int4"), threads=1, context=200)
 
 
 @pytest.fixture(scope="session")

@@ -18,20 +18,20 @@ ROOT, IDENTIFIER, PROGRAM_BYTES, BASE, SEGMENT_BYTES = 0, 4, 16, 24, 32
 
 
 @pytest.fixture(scope="module")
-def program(pte_artifact: Artifact) -> PteProgram:
-    return read_program(pte_artifact.model_path)
+def program(tiny_pte: Artifact) -> PteProgram:
+    return read_program(tiny_pte.model_path)
 
 
 @pytest.fixture
-def copy(pte_artifact: Artifact, tmp_path: Path) -> Path:
-    return Path(shutil.copy(pte_artifact.model_path, tmp_path / "model.pte"))
+def copy(tiny_pte: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_pte.model_path, tmp_path / "model.pte"))
 
 
-def test_it_reads_what_executorch_reads(pte_artifact: Artifact, program: PteProgram) -> None:
+def test_it_reads_what_executorch_reads(tiny_pte: Artifact, program: PteProgram) -> None:
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir.schema import Tensor
 
-    data = pte_artifact.model_path.read_bytes()
+    data = tiny_pte.model_path.read_bytes()
     size, base = struct.unpack_from("<QQ", data, PROGRAM_BYTES)
     theirs = _flatbuffer_to_program(data[:size])
     assert [(s.offset - base, s.bytes) for s in program.segments] == [

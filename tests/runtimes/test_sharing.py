@@ -56,7 +56,7 @@ def session(
 def _from_fixture(request: pytest.FixtureRequest) -> Path:
     """What other tests export too."""
     if request.param == "pte":
-        artifact: Artifact = request.getfixturevalue("pte_artifact")
+        artifact: Artifact = request.getfixturevalue("tiny_pte")
         return artifact.path
     folder: Path = request.getfixturevalue("optimum_folder")
     return folder

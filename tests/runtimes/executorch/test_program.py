@@ -27,10 +27,10 @@ NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def copy(pte_artifact: Artifact, tmp_path: Path) -> Artifact:
+def copy(tiny_pte: Artifact, tmp_path: Path) -> Artifact:
     """A copy of the artifact that a test may damage."""
-    shutil.copytree(pte_artifact.path, tmp_path / "copy")
-    return Artifact(tmp_path / "copy", pte_artifact.manifest)
+    shutil.copytree(tiny_pte.path, tmp_path / "copy")
+    return Artifact(tmp_path / "copy", tiny_pte.manifest)
 
 
 def told(artifact: Artifact, change: Callable[[dict[str, Any]], object]) -> Artifact:
@@ -44,9 +44,9 @@ def told(artifact: Artifact, change: Callable[[dict[str, Any]], object]) -> Arti
 
 def test_an_intact_one_is_read(copy: Artifact) -> None:
     program = read_artifact_program(copy)
-    assert (program.context, program.kv, program.vocab_size) == (200, "float32", 512)
-    assert program.cache_bytes == 2 * 2 * 2 * 64 * 4 * 200
-    assert sorted(t.shape for t in program.caches.values()) == [(1, 200, 2, 64)] * 4
+    assert (program.context, program.kv, program.vocab_size) == (256, "float32", 512)
+    assert program.cache_bytes == 2 * 2 * 16 * 4 * 256
+    assert sorted(t.shape for t in program.caches.values()) == [(1, 256, 1, 16)] * 4
 
 
 @pytest.mark.parametrize("opened", [open_session, open_model_file])
@@ -81,7 +81,7 @@ def test_the_command_says_it_in_one_sentence(copy: Artifact, capsys: pytest.Capt
         (lambda p: p["tensors"][QUERY].update(block=100), "no whole number of blocks of 100"),
         (lambda p: p["tensors"].pop(EMBEDDING), "of which no place is told"),
         (lambda p: p.update(tensors=[]), "has no 'pte' with the places"),
-        (lambda p: p.update(context=100), "get_max_context_len is 200, but 100"),
+        (lambda p: p.update(context=100), "get_max_context_len is 256, but 100"),
         (lambda p: p.update(chunk=7), "pte's chunk is 7, but the program's is 128"),
         (lambda p: p.update(kv="int8"), "pte's kv is 'int8', but the program's is 'float32'"),
         (lambda p: p["embedding"].update(column_scales_offset=1 << 44), "would end at byte"),
@@ -98,7 +98,7 @@ def test_a_manifest_whose_places_do_not_match(
 
 def test_a_manifest_without_places(copy: Artifact) -> None:
     bare = Artifact(copy.path, dataclasses.replace(copy.manifest, pte=None))
-    with pytest.raises(ArtifactError, match="get_max_context_len is 200, but 256"):
+    with pytest.raises(ArtifactError, match="pte's context is None, but the program's is 256"):
         open_session(bare)
 
 
@@ -154,7 +154,7 @@ def test_what_executorch_itself_refuses(copy: Artifact) -> None:
 
 def test_a_second_copy_of_the_matrix_is_found(copy: Artifact) -> None:
     """Bytes that belong to nothing, as many as the matrix has, before the end."""
-    with_room = copy.model_path.read_bytes() + bytes(512 * 128 + (64 << 10) + 4096 * 200)
+    with_room = copy.model_path.read_bytes() + bytes(512 * 32 + (64 << 10) + 4096 * 200)
     copy.model_path.write_bytes(with_room)
     file = PteFile(copy)
     with pytest.raises(VerificationError, match="room for a second copy"):

@@ -27,12 +27,12 @@ def documented_lines() -> str:
     return str(found)
 
 
-def test_its_greedy_text_is_ours(pte_artifact: Artifact, tiny_256: Checkpoint) -> None:
-    tokenizer, path = tiny_256.tokenizer(), RunnerTokenizer(pte_artifact.path).path
+def test_its_greedy_text_is_ours(tiny_pte: Artifact, tiny: Checkpoint) -> None:
+    tokenizer, path = tiny.tokenizer(), RunnerTokenizer(tiny_pte.path).path
     prompt = tokenizer.encode(PROMPT, bos=True)
-    with contextlib.closing(PteSession(pte_artifact, SessionOptions(threads=1))) as session:
+    with contextlib.closing(PteSession(tiny_pte, SessionOptions(threads=1))) as session:
         ours = list(generate(session, prompt, Sampling(temperature=0.0), tokenizer.stop_ids, COUNT))
-    lines = documented_lines().replace('"fox-phone/model.pte"', repr(str(pte_artifact.model_path)))
+    lines = documented_lines().replace('"fox-phone/model.pte"', repr(str(tiny_pte.model_path)))
     lines = lines.replace('"fox-phone/executorch-tokenizer.json"', repr(str(path)))
     # A text that is not from a chat's template has no <bos> of its own.
     lines = lines.replace("max_new_tokens=32", f"max_new_tokens={COUNT}, num_bos=1")
