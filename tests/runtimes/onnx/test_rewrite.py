@@ -177,6 +177,7 @@ def test_other_runtimes_refuse_the_choice(choice: dict[str, object], nano: Check
 def test_a_context_beyond_memory_is_refused_before_anything_is_loaded(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    OnnxSession(artifact, SessionOptions(threads=1, kv="int8")).close()  # keeps the scales
     need = memory_need(artifact, read_graph(artifact.model_path), SessionOptions())
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total(100))
     monkeypatch.setattr("runtimes.onnx.session._open", lambda *_: pytest.fail("loaded"))
