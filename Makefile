@@ -10,13 +10,17 @@ ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 endif
 
-.PHONY: demo test clients lint format clean
+.PHONY: demo test arm-check clients lint format clean
 
 demo: $(READY)
 	$(BIN)/fox-edge demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The exports really run on ARM, emulated; half an hour, and not part of the tests. Needs Debian or Ubuntu.
+arm-check: $(READY)
+	$(BIN)/python -m benchmarks.arm build/arm --results benchmarks/results/arm_check.json
 
 # What the page and the tests of JavaScript clients need; without it those tests are skipped.
 clients:

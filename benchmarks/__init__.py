@@ -9,6 +9,7 @@ A room imports from itself and from the rooms before it in this list, which a te
     accuracy     questions, answers and grades
     latency      speed and memory of open models
     gpu          Fox-1's shape on one graphics card, against its floors
+    arm          exports really run on ARM processors, emulated
     report       what was found, told
     sweep        many exports, measured and questioned
 
