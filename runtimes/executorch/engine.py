@@ -90,7 +90,8 @@ class Engine:
         """What the loaded method makes of tokens (T,) that begin at a position; valid until the next run."""
         inputs = (torch.from_numpy(tokens)[None], torch.tensor((position,)))
         try:
-            (output,) = self._method.call(inputs, clone_outputs=False)
+            with _one_torch_thread():
+                (output,) = self._method.call(inputs, clone_outputs=False)
         except RuntimeError as error:
             raise FoxEdgeError(f"{self._path}: ExecuTorch failed at position {position}: {error}") from None
         found: NDArray[np.float32] = output.numpy()[0]
@@ -117,6 +118,19 @@ class Engine:
         lines = [line.rpartition("] ")[2].strip() for line in log.getvalue().splitlines()]
         said = next((line for line in lines if line and "cpu" not in line.lower()), str(error))
         return ArtifactError(f"{self._path}: ExecuTorch refuses it: {said[:200]}")
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Attention's matrix products are PyTorch's, called from ExecuTorch's own threads: were each to start
+    threads of PyTorch's, a prompt would spend most of its time waiting for them (measured: ten times as long
+    on a small model)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _OPEN: weakref.WeakSet[Engine] = weakref.WeakSet()
