@@ -15,8 +15,9 @@ endif
 demo: $(READY)
 	$(BIN)/fox-edge demo
 
+# Two processes side by side, each on processors of its own (tests/conftest.py); a file's tests stay together.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # The exports really run on ARM, emulated; half an hour, and not part of the tests. Needs Debian or Ubuntu.
 arm-check: $(READY)
