@@ -85,15 +85,15 @@ def test_a_format_of_its_own_says_what_its_cache_stores(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = write_artifact(tmp_path / "made", checkpoint)
-    other = Artifact(artifact.path, dataclasses.replace(artifact.manifest, format="pte"))
+    other = Artifact(artifact.path, dataclasses.replace(artifact.manifest, format="new"))
     monkeypatch.setattr(Artifact, "open", lambda _path: other)
-    with pytest.raises(FoxEdgeError, match="no runtime opens the format 'pte'; known: gguf, onnx"):
+    with pytest.raises(FoxEdgeError, match="no runtime opens the format 'new'; known: gguf, onnx"):
         open_subject(artifact.path)
-    monkeypatch.setitem(RUNTIMES, "pte", Runtime("executorch", ECHO))
-    monkeypatch.setattr(kv_types, "KV_TYPES", {**kv_types.KV_TYPES, "pte": {"int8": (1, 1)}})
+    monkeypatch.setitem(RUNTIMES, "new", Runtime("another", ECHO))
+    monkeypatch.setattr(kv_types, "KV_TYPES", {**kv_types.KV_TYPES, "new": {"int8": (1, 1)}})
     monkeypatch.setattr("benchmarks.common.subject.KV_TYPES", kv_types.KV_TYPES)
     subject = open_subject(artifact.path)
-    assert (subject.runtime, subject.format) == ("executorch", "pte")
+    assert (subject.runtime, subject.format) == ("another", "new")
     assert subject.kv_bytes_per_position == 2 * 3 * 2 * 16
 
 
