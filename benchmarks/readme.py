@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "rounding": exports.rounding_table,
     "gguf-rounding": exports.gguf_rounding_table,
     "onnx-shape": exports.onnx_shape_table,
+    "pte-shape": exports.pte_shape_table,
     "memory": runs.memory_table,
     "speculation": runs.speculation_table,
     "perplexity-peer": exports.perplexity_peer_table,

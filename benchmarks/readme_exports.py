@@ -61,7 +61,17 @@ def _who(row: Mapping[str, Any]) -> str:
 
 
 def onnx_shape_table(results: Mapping[str, Any]) -> str:
-    """Every goal at Fox-1's shape: ours, the peer's, and what was to be reached."""
+    """The goals of ONNX at Fox-1's shape."""
+    return _goals_table(results, "int4, Fox-1's shape", "onnxruntime-genai")
+
+
+def pte_shape_table(results: Mapping[str, Any]) -> str:
+    """The goals of ExecuTorch: at Fox-1's shape, and what rounding leaves of the embedded model."""
+    return _goals_table(results, "int4, Fox-1's shape", "llama.cpp q4_k, its better setting")
+
+
+def _goals_table(results: Mapping[str, Any], what: str, peer: str) -> str:
+    """Every goal: ours, the peer's, and what was to be reached."""
     rows = []
     for goal in results["goals"]:
         bounds = {
@@ -71,10 +81,10 @@ def onnx_shape_table(results: Mapping[str, Any]) -> str:
         }
         asked = [text for key, text in bounds.items() if goal[key] is not None]
         verdict = ("reached" if goal["reached"] else "**missed**") if asked else ""
-        ours, peer = (_figure(goal["figure"], goal[key]) for key in ("ours", "peer"))
-        rows.append([goal["what"], ours, peer, f"{goal['ratio']:.2f}", ", ".join(asked), verdict])
+        figures = (_figure(goal["figure"], goal[key]) for key in ("ours", "peer"))
+        rows.append([goal["what"], *figures, f"{goal['ratio']:.2f}", ", ".join(asked), verdict])
     machine = results["machine"] | {"versions": results["machine"]["versions"] | results["peers"]}
-    head = ("int4, Fox-1's shape", "ours", "onnxruntime-genai", "ratio", "to reach", "")
+    head = (what, "ours", peer, "ratio", "to reach", "")
     return f"{markdown(head, rows)}\n\n{machine_line(machine)}"
 
 
@@ -84,6 +94,8 @@ def _figure(name: str, value: float) -> str:
         return f"{mb(value)} MB"
     if name == "seconds":
         return f"{value:.1f} s"
+    if name.endswith("_nats"):
+        return f"{value:.4f}"
     return f"{value:.1f}" if name.endswith("_per_s") else f"{value:.2f} s"
 
 
