@@ -1,6 +1,6 @@
 """The exports of the embedded model really run on ARM, emulated: correctness only, no figure of speed.
 
-    python -m benchmarks.arm WORK --results FILE.json        (make arm-check)
+    python -m benchmarks.arm WORK --results FILE.json [--export FORMAT-QUANT]...        (make arm-check)
 
 On a Debian or Ubuntu on x86_64 with qemu-user-static, g++-aarch64-linux-gnu and cmake. WORK, 2 GB, is filled
 with a small Debian for ARM, the runtimes' ARM wheels from PyPI and llama.cpp's libraries, built here; none of
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.arm", description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for the ARM system, wheels, libraries and exports")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE.json")
+    known = {f"{format}-{quant}": (format, quant) for format, quant in EXPORTS}
+    parser.add_argument("--export", action="append", choices=tuple(known), help="only this; repeatable")
     args = parser.parse_args(argv)
     try:
         need_tools()
-        results = check(args.work)
+        results = check(args.work, [known[name] for name in args.export or known])
         results["command"] = study_command("arm", sys.argv[1:] if argv is None else argv)
         write_results(args.results, results)
     except FoxEdgeError as error:
@@ -51,8 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if results["passed"] else EXIT_MISTAKE
 
 
-def check(work: Path) -> dict[str, Any]:
-    """Everything, as the results file has it; raises FoxEdgeError where nothing can be run at all."""
+def check(work: Path, exports: Sequence[tuple[str, str]] = EXPORTS) -> dict[str, Any]:
+    """Exports, by format and --quant, on every processor; what a results file holds.
+
+    Raises FoxEdgeError where nothing can be run at all.
+    """
     work.mkdir(parents=True, exist_ok=True)
     emulator = Emulator(qemu(), userland(work).resolve())
     version = run(emulator.qemu, "--version").splitlines()[0]
@@ -60,7 +66,7 @@ def check(work: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open("nano")
     reference = ReferenceScorer(checkpoint)
     rows: list[Row] = []
-    for format, quant in EXPORTS:
+    for format, quant in exports:
         rows += _rows(work, emulator, checkpoint, reference, format, quant)
     for folder in ("runs", "exports"):
         shutil.rmtree(work / folder, ignore_errors=True)

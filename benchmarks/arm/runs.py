@@ -34,7 +34,11 @@ from fox_edge.partial import PartialFolder
 from runtimes.base import Logits
 
 # Format and --quant of the exports. q4_0 is what llama.cpp rearranges for ARM's own products.
-EXPORTS = (("gguf", "int8"), ("gguf", "int4"), ("gguf", "q4_0"), ("onnx", "int8"), ("onnx", "int4"))
+EXPORTS = (
+    *(("gguf", "int8"), ("gguf", "int4"), ("gguf", "q4_0")),
+    *(("onnx", "int8"), ("onnx", "int4")),
+    *(("pte", "int8"), ("pte", "int4")),
+)
 PROMPTS, MOST_TOKENS = 4, 64
 X86 = "x86-64"
 # One thread: an emulator's threads wait for one another at great length.

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.arm.processors import DOTPROD_INSTRUCTIONS, I8MM_INSTRUCTIONS
-from benchmarks.arm.runs import Found
+from benchmarks.arm.runs import X86, Found
+from benchmarks.common.markdown import markdown
 from benchmarks.common.table import Column, render
 from benchmarks.fidelity.checks import TIE_NATS
 from benchmarks.fidelity.divergence import compare
@@ -115,6 +116,26 @@ def text_of(results: Mapping[str, Any]) -> str:
             *(f"{row['artifact']} on {row['processor']}: {row['why']}" for row in rows if row["why"]),
             "passed" if results["passed"] else "NOT passed",
         ]
+    )
+
+
+def arm_table(results: Mapping[str, Any]) -> str:
+    """The runs on ARM in Markdown, each beside what the same export says on x86."""
+    x86 = {row["artifact"]: row for row in results["rows"] if row["processor"] == X86}
+    head = ("nano as", "processor", "mean KL, nats", "on x86", "limit", "tokens as on x86", "dot", "mmla", "")
+    rows = []
+    for row in map(cells, results["rows"]):
+        if row["processor"] != X86:
+            figures = [
+                f"{r['mean_kl_nats']:.2g}" if "tokens" in row else "" for r in (row, x86[row["artifact"]])
+            ]
+            limit = f"{row['limit_mean_kl_nats']:g}" if "tokens" in row else ""
+            counts = [f"{row[key]:,}" if "tokens" in row else "" for key in ("dot", "mmla")]
+            words = [row["artifact"].removeprefix("nano-"), row["processor"]]
+            rows.append([*words, *figures, limit, row.get("same", ""), *counts, row["verdict"]])
+    return (
+        f"{markdown(head, rows)}\n\n{results['emulator']}; {results['system']}; "
+        f"{', '.join(sorted({row['runtime'] for row in results['rows'] if 'runtime' in row}))}."
     )
 
 

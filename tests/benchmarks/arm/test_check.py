@@ -81,6 +81,15 @@ def test_all_pass(scripted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines()[-1] == "passed"
 
 
+def test_only_some_exports_can_be_asked_for(scripted: Any, tmp_path: Path) -> None:
+    words = [str(tmp_path / "work"), "--results", str(tmp_path / "r.json")]
+    assert command.main([*words, "--export", "gguf-q4_0", "--export", "onnx-int4"]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert sorted({row["artifact"] for row in rows}) == ["nano-gguf-q4_0", "nano-onnx-int4"]
+    with pytest.raises(SystemExit):
+        command.main([*words, "--export", "onnx-int3"])
+
+
 def test_a_run_that_dies_says_so_and_the_others_go_on(scripted: Any, tmp_path: Path) -> None:
     scripted["nano-onnx-int8", "cortex-a76"] = DEAD
     status, results = checked(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arm.runs import Found
-from benchmarks.arm.verdicts import cells, compared, failed, same_text, text_of
+from benchmarks.arm.verdicts import arm_table, cells, compared, failed, same_text, text_of
 from fox_edge.errors import FoxEdgeError
 
 RNG = np.random.default_rng(0)
@@ -123,3 +123,18 @@ def test_the_table_shows_every_run_and_why_one_failed() -> None:
 def test_instructions_are_summed_by_what_brought_them() -> None:
     shown = cells({**row(found(), found()), "artifact": "x"})
     assert (shown["dot"], shown["mmla"], shown["same"]) == (3, 3, "5 of 5")
+
+
+def test_the_page_shows_each_run_beside_x86() -> None:
+    own = {"artifact": "nano-onnx-int4", "processor": "x86-64", **row(found(noise=1.0), None)}
+    arm = {"artifact": "nano-onnx-int4", "processor": "cortex-a76", **row(found(noise=1.0), found())}
+    dead = {"artifact": "nano-onnx-int4", "processor": "cortex-a53", **failed(FoxEdgeError("no"))}
+    table = arm_table({"rows": [own, arm, dead], "emulator": "qemu 1", "system": "Debian"}).splitlines()
+    kl = f"{own['mean_kl_nats']:.2g}"
+    assert table[2] == f"| onnx-int4 | cortex-a76 | {kl} | {kl} | 0.1 | 5 of 5 | 3 | 3 | {arm_verdict(arm)} |"
+    assert table[3] == "| onnx-int4 | cortex-a53 |  |  |  |  |  |  | FAIL |"
+    assert table[-1] == "qemu 1; Debian; onnxruntime 1."
+
+
+def arm_verdict(row: dict[str, Any]) -> str:
+    return "ok" if row["mean_kl_nats"] <= 0.1 else "FAIL"
