@@ -6,6 +6,7 @@ those that the program itself tells ExecuTorch's runners.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 
 import numpy as np
@@ -80,12 +81,25 @@ class PteFile:
                         f"{self._path}: {name} looks up rows in {table.bytes} bytes from {table.constant} "
                         "on, which are not the head's: two copies"
                     )
+        self._check_key(place.numbers)
         self._once(place)
         return (
             f"embedding and head read the same {place.numbers.bytes} bytes of {self._path.name}, from "
             f"{place.offset} on, and the same scales; the file's {len(self._data or b'')} bytes hold "
             "them once"
         )
+
+    def _check_key(self, region: Region) -> None:
+        """XNNPACK finds the head's bytes by a name, which is their own digest."""
+        assert self._data is not None
+        keys = [key for key, named in self._program.pte.named.items() if named == region]
+        with memoryview(self._data) as view, view[region.offset : region.offset + region.bytes] as part:
+            found = hashlib.sha256(part).hexdigest()
+        if keys != [found]:
+            raise VerificationError(
+                f"{self._path}: the head's bytes are called {', '.join(keys)[:80] or 'nothing'}, but their "
+                f"sha256 is {found}"
+            )
 
     def _once(self, place: Place) -> None:
         """No other data is as long, and what belongs to nothing is less than the matrix."""

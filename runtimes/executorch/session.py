@@ -102,10 +102,7 @@ class PteSession:
         """`score` after its checks, which come with the call and not with the first row."""
         if start > 0:
             self._append(ids[:start])
-        rows = ids[start:]
-        if len(rows):
-            self._take_turn(SCORE)
-        step = self._open.program.score_chunk
+        rows, step = ids[start:], self._open.program.score_chunk
         for first in range(0, len(rows), step):
             yield self._run(SCORE, rows[first : first + step]).copy()
 
@@ -165,9 +162,8 @@ class PteSession:
     def _append(self, ids: NDArray[np.int64]) -> Logits:
         """Append tokens in chunks by the method that is loaded: `forward`, unless rows were asked for."""
         shared = self._open
-        name = shared.engine.loaded or FORWARD
+        name = shared.engine.loaded
         step = shared.program.chunk if name == FORWARD else shared.program.score_chunk
-        self._take_turn(name)
         for first in range(0, len(ids), step):
             logits = self._run(name, ids[first : first + step])
         return logits

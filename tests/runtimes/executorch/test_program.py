@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +19,14 @@ import pytest
 from fox_edge import cli
 from fox_edge.artifact import MANIFEST, Artifact
 from fox_edge.errors import ArtifactError, MissingPackageError, VerificationError
-from fox_edge.quant import EMBEDDING
+from fox_edge.quant import EMBEDDING, PTE
 from runtimes.base import open_model_file, open_session
 from runtimes.executorch.file import PteFile
 from runtimes.executorch.program import read_artifact_program
 from runtimes.executorch.weights import F32, QB4W, QC8W, Place
+from runtimes.executorch.weights import read_places as places_of
+from runtimes.kv_types import artifact_kv, kv_bytes_per_position
+from tests.helpers import TINY_256
 
 NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 
@@ -31,6 +36,10 @@ def copy(tiny_pte: Artifact, tmp_path: Path) -> Artifact:
     """A copy of the artifact that a test may damage."""
     shutil.copytree(tiny_pte.path, tmp_path / "copy")
     return Artifact(tmp_path / "copy", tiny_pte.manifest)
+
+
+def read_places(artifact: Artifact) -> dict[str, Place]:
+    return places_of(artifact, read_artifact_program(artifact).pte)
 
 
 def told(artifact: Artifact, change: Callable[[dict[str, Any]], object]) -> Artifact:
@@ -156,10 +165,34 @@ def test_a_second_copy_of_the_matrix_is_found(copy: Artifact) -> None:
     """Bytes that belong to nothing, as many as the matrix has, before the end."""
     with_room = copy.model_path.read_bytes() + bytes(512 * 32 + (64 << 10) + 4096 * 200)
     copy.model_path.write_bytes(with_room)
-    file = PteFile(copy)
-    with pytest.raises(VerificationError, match="room for a second copy"):
+    with (
+        contextlib.closing(PteFile(copy)) as file,
+        pytest.raises(VerificationError, match="room for a second"),
+    ):
         file.tie()
-    file.close()
+
+
+def test_a_matrix_that_is_not_what_its_key_says(copy: Artifact) -> None:
+    data, at = bytearray(copy.model_path.read_bytes()), read_places(copy)[EMBEDDING].offset
+    data[at] ^= 1
+    copy.model_path.write_bytes(data)
+    with contextlib.closing(PteFile(copy)) as file, pytest.raises(VerificationError, match="their sha256 is"):
+        file.tie()
+
+
+def test_lookups_elsewhere_than_in_the_head(copy: Artifact) -> None:
+    """The constant segment's offset of the table, moved by a line: as an export with two copies has it."""
+    data, at = bytearray(copy.model_path.read_bytes()), read_places(copy)[EMBEDDING].offset
+    segments = read_artifact_program(copy).pte.segments
+    (start,) = [r.offset for r in segments if r.offset < at < r.offset + r.bytes]
+    told = struct.pack("<Q", at - start)
+    assert data.count(told) == 1
+    copy.model_path.write_bytes(data.replace(told, struct.pack("<Q", at - start - 128)))
+    with (
+        contextlib.closing(PteFile(copy)) as file,
+        pytest.raises(VerificationError, match="does not look rows up"),
+    ):
+        file.tie()
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +200,31 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "runtimes.executorch.engine", raising=False)
     with pytest.raises(MissingPackageError, match=r"^executorch is not installed; .*fox-edge\[executorch\]"):
         importlib.import_module("runtimes.executorch.engine")
+
+
+@pytest.mark.parametrize(
+    ("told", "positions", "kv"),
+    [
+        ({"context": 100, "kv": "int8"}, 100, "int8"),
+        ({"context": 256, "kv": "float32"}, 256, "float32"),
+        ({"context": 257, "kv": "int3"}, 256, "float32"),
+        ({"context": 0, "kv": []}, 256, "float32"),
+        ({"context": True, "kv": None}, 256, "float32"),
+        ({"context": "9"}, 256, "float32"),
+        (None, 256, "float32"),
+    ],
+)
+def test_what_a_manifest_says_of_the_cache(
+    told: dict[str, Any] | None, positions: int, kv: str, tiny_pte: Artifact
+) -> None:
+    manifest = dataclasses.replace(tiny_pte.manifest, pte=told)
+    assert (manifest.positions, artifact_kv(manifest)) == (positions, kv)
+
+
+def test_a_position_of_int8_has_a_scale_and_a_zero_point_per_head() -> None:
+    """Per layer, for keys and for values: 2 heads of 64 numbers, a float32 and an int8 beside each head."""
+    assert kv_bytes_per_position(TINY_256, PTE, "int8") == 2 * 2 * 2 * (64 + 5)
+    assert kv_bytes_per_position(TINY_256, PTE, "float32") == 2 * 2 * 2 * 64 * 4
 
 
 # --- the two layouts, by hand -------------------------------------------------------------------------------
