@@ -28,6 +28,11 @@ export function usableThreads(scope, most) {
 
 const NO_MEMORY = /could not allocate|cannot allocate|out of memory|allocation failed|bad_alloc|(failed|unable) to allocate/i;
 
+/** What is said of a conversation that does not fit. */
+export function tooLong(tokens, context) {
+  return `The conversation has ${tokens} tokens, and the context holds ${context}: begin a new chat.`;
+}
+
 /** What went wrong while a model was opened or asked, as a sentence. */
 export function inWords(error) {
   const said = String(error?.message ?? error) || "something went wrong, and the browser does not say what";

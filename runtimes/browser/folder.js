@@ -14,9 +14,64 @@ class Folder {
     }
   }
 
-  /** A small text file. */
-  async text(file) {
-    return (await this.blob(file)).text();
+}
+
+/** A file on a server, or a stretch of it, with what its readers ask of a Blob; each reading is a request. */
+class ServedBlob {
+  /** Null where the server does not give pieces of its files. */
+  static async open(url, onBytes) {
+    const response = await fetch(url, { headers: { Range: "bytes=0-0" }, cache: "no-store" });
+    await response.body?.cancel();
+    const size = Number(response.headers.get("content-range")?.split("/")[1]);
+    if (response.status !== 206 || !(size > 0)) return null;
+    let most = 0;
+    const onEnd = (end) => {
+      most = Math.max(most, end);
+      onBytes(most, size);
+    };
+    return new ServedBlob(url, 0, size, onEnd);
+  }
+
+  constructor(url, start, end, onEnd) {
+    this.url = url;
+    this.start = start;
+    this.size = Math.max(0, end - start);
+    this.onEnd = onEnd;
+  }
+
+  slice(start = 0, end = this.size) {
+    const [from, to] = [start, end].map((at) => this.start + Math.min(at, this.size));
+    return new ServedBlob(this.url, from, to, this.onEnd);
+  }
+
+  async arrayBuffer() {
+    if (!this.size) return new ArrayBuffer(0);
+    const buffer = await (await this.#fetch()).arrayBuffer();
+    if (buffer.byteLength !== this.size) {
+      throw new Error(`${this.url.pathname}: ${buffer.byteLength} bytes came, but ${this.size} were asked for`);
+    }
+    this.onEnd(this.start + this.size);
+    return buffer;
+  }
+
+  async #fetch() {
+    const headers = { Range: `bytes=${this.start}-${this.start + this.size - 1}` };
+    const response = await fetch(this.url, { headers, cache: "no-store" });
+    if (response.status !== 206) throw new Error(`${this.url.pathname}: the server answered ${response.status}`);
+    return response;
+  }
+
+  /** For readers that want all of it in order. */
+  stream() {
+    const step = 1 << 22;
+    let at = 0;
+    return new ReadableStream({
+      pull: async (out) => {
+        if (at >= this.size) return out.close();
+        out.enqueue(new Uint8Array(await this.slice(at, at + step).arrayBuffer()));
+        at += step;
+      },
+    });
   }
 }
 
@@ -40,6 +95,10 @@ export class DroppedFolder extends Folder {
     if (!found) throw new Error(`${this.name} has no ${file}`);
     onBytes(found.size, found.size);
     return found;
+  }
+
+  async text(file) {
+    return (await this.blob(file)).text();
   }
 
   async bytes(file, onBytes) {
@@ -66,8 +125,13 @@ export class ServedFolder extends Folder {
     return Object.keys(this.manifest.files ?? {});
   }
 
-  /** A file in the browser's keeping: it streams there, and this thread never holds all of it. */
+  /**
+   * A file that nobody holds as a whole: read piece by piece where the server gives pieces, else streamed into the
+   * browser's keeping.
+   */
   async blob(file, onBytes = () => {}) {
+    const served = await ServedBlob.open(new URL(file, this.url), onBytes);
+    if (served) return served;
     const response = await this.#fetch(file);
     const total = Number(response.headers.get("content-length") ?? 0);
     let done = 0;
@@ -79,6 +143,10 @@ export class ServedFolder extends Folder {
       },
     });
     return new Response(response.body.pipeThrough(counted)).blob();
+  }
+
+  async text(file) {
+    return (await this.#fetch(file)).text();
   }
 
   /** A file as bytes; one buffer of the announced size is filled in place, so that it is held once. */

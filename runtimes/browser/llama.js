@@ -1,6 +1,7 @@
 // A GGUF file in llama.cpp's WebAssembly build (wllama): chats, and conversations by the clock. Knows wllama's
 // interface, which is llama-server's; neither the page nor where the file came from.
 
+import { tooLong } from "./features.js";
 import { readHeader } from "./gguf.js";
 import { watchWorker } from "./memory.js";
 import { Wllama, WllamaAbortError } from "./vendor/wllama.mjs";
@@ -10,6 +11,7 @@ const MOST_BYTES = 2 ** 32;
 const CONTEXT = 4096;
 // Tokens of a prompt that run at once: bounds the memory of the activations.
 const BATCH = 256;
+const TOO_LONG = /request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)/;
 const GREEDY = { temperature: 0, stream: true, timings_per_token: true };
 
 const vendored = (name) => new URL(`./vendor/${name}`, import.meta.url).href;
@@ -134,6 +136,8 @@ export class LlamaModel {
     try {
       return await this.wllama[what](request);
     } catch (error) {
+      const [, tokens, most] = TOO_LONG.exec(error.message) ?? [];
+      if (tokens) throw new Error(tooLong(tokens, most));
       // An exception in llama.cpp arrives as an answer that cannot be read; what it said is in the log.
       if (error.name === "RuntimeError" && this.complaints.length) throw new Error(`llama.cpp: ${reason(this.complaints)}`);
       throw error;

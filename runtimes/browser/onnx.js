@@ -2,6 +2,7 @@
 // the engine and the loop, which know nothing of each other.
 
 import { Engine } from "./engine.js";
+import { tooLong } from "./features.js";
 import { Conversation } from "./generate.js";
 import { ChatTokenizer } from "./tokenizer.js";
 
@@ -42,6 +43,7 @@ export class OnnxModel {
   async answer(messages, { maxTokens, signal, onText }) {
     const start = now();
     const prompt = this.tokenizer.encodeChat(messages);
+    if (prompt.length > this.engine.context) throw new Error(tooLong(prompt.length, this.engine.context));
     const answer = this.conversation.answer(prompt, { maxTokens, stopped: () => signal.aborted });
     const ids = [];
     let [first, last] = [0, 0];

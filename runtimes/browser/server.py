@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+import re
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from fox_edge.artifact import MANIFEST, Artifact
@@ -52,6 +53,7 @@ VENDORED = (
 # What the page asks for first: where the model is that it shall open.
 SERVED = "served.json"
 FORMATS = (GGUF, ONNX)
+_PART = 1 << 20  # bytes that are read at once
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -118,18 +120,42 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (isinstance(found, Path) and not found.is_file()):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        with found.open("rb") if isinstance(found, Path) else io.BytesIO(found) as file:
+        opened: IO[bytes] = found.open("rb") if isinstance(found, Path) else io.BytesIO(found)
+        with opened as file:
             size = file.seek(0, io.SEEK_END)
-            file.seek(0)
-            self.send_response(HTTPStatus.OK)
+            piece = _asked_for(self.headers.get("Range"), size)
+            first, last = piece or (0, size - 1)
+            self.send_response(HTTPStatus.PARTIAL_CONTENT if piece else HTTPStatus.OK)
             kind = _TYPES.get(Path(name or "index.html").suffix, "application/octet-stream")
             self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(size))
+            self.send_header("Content-Length", str(last - first + 1))
+            if piece:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             for name, value in _HEADERS.items():
                 self.send_header(name, value)
             self.end_headers()
             if with_body:
-                shutil.copyfileobj(file, self.wfile, 1 << 20)
+                file.seek(first)
+                _copy(file, self.wfile, last - first + 1)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Requests are not worth a line each."""
+
+
+def _asked_for(ranged: str | None, size: int) -> tuple[int, int] | None:
+    """The first and the last byte that a Range header asks for (RFC 9110, 14.2); None: the whole file.
+
+    One range of `bytes=FIRST-LAST` is served, others are passed over, as a server may.
+    """
+    found = re.fullmatch(r"bytes=(\d{1,15})-(\d{1,15})?", ranged or "")
+    if found is None:
+        return None
+    first, last = int(found[1]), min(int(found[2] or size), size - 1)
+    return (first, last) if first <= last else None
+
+
+def _copy(source: IO[bytes], target: io.BufferedIOBase, count: int) -> None:
+    """So many bytes from one file to another, or as many as there are."""
+    while count > 0 and (part := source.read(min(count, _PART))):
+        target.write(part)
+        count -= len(part)

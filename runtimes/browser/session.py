@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlencode
@@ -24,7 +25,7 @@ from runtimes.browser.server import serve
 from runtimes.browser.tree_memory import Held, Watch
 from runtimes.kv_types import default_kv
 
-_LOAD_S = 600.0
+_LOAD_S, _SETTLE_S = 600.0, 0.5
 _NO_LOGITS = "in the browser there are text and times, but no logits: only fox-edge bench can measure it"
 
 
@@ -44,6 +45,7 @@ class BrowserSession:
             address = stack.enter_context(_serving(artifact))
             self._chromium = Chromium(flags)
             stack.callback(self._chromium.close)
+            time.sleep(_SETTLE_S)  # some of its processes come a little later
             self._empty = self._watch().look()
             with self._watch() as watch:
                 opened = self._open(address, options)

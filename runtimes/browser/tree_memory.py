@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-_LOOK_S = 0.1
+_LOOK_S = 0.25
 
 
 class Held(NamedTuple):

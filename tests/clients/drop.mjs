@@ -2,7 +2,7 @@
 // refused in a sentence, what is one is dropped or chosen and asked by keyboard; then browsers that lack something.
 //
 //   node drop.mjs CHROMIUM URL '{"text": FILE, "cut": FILE, "empty": FOLDER, "gguf": FILE, "other": FILE,
-//                                "onnx": FOLDER, "question": TEXT}' [SCREENSHOTS]
+//                                "onnx": FOLDER, "question": TEXT, "long": TEXT}' [SCREENSHOTS]
 
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -46,13 +46,13 @@ async function picture(page, name) {
   }
 }
 
-async function opened(page) {
+async function opened(prepare, query = "") {
   const found = await context.newPage();
-  await page?.(found);
+  await prepare?.(found);
   context.on("request", (request) => requests.push(request.url()));
   found.on("console", (message) => message.type() === "error" && complaints.push(message.text()));
   found.on("pageerror", (error) => complaints.push(String(error)));
-  await found.goto(url);
+  await found.goto(url + query);
   await settled(found);
   return found;
 }
@@ -93,7 +93,7 @@ async function facts(page) {
 }
 
 /** Ask by keyboard; the whole answer, the facts after it, and whether anything moved meanwhile. */
-async function ask(page) {
+async function ask(page, question = files.question) {
   const places = () =>
     page.evaluate(() =>
       ["facts", "form"].map((id) => {
@@ -103,7 +103,7 @@ async function ask(page) {
     );
   const ready = { state: await state(page), hint: await page.textContent("#hint") };
   const before = { focused: await focused(page), places: await places() };
-  await page.keyboard.type(files.question);
+  await page.keyboard.insertText(question);
   await page.keyboard.press("Enter");
   await settled(page);
   const answer = await page.evaluate(() => {
@@ -197,6 +197,13 @@ try {
   await drop(alone, files.other);
   seen.alone = await ask(alone);
   await alone.close();
+  // A context that is too short for the question.
+  const short = await opened(null, "?context=256");
+  await drop(short, files.gguf);
+  seen.shortGguf = await ask(short, files.long);
+  await drop(short, files.onnx);
+  seen.shortOnnx = await ask(short, files.long);
+  await short.close();
   const old = await opened(withWorker("delete WebAssembly.Suspending"));
   await drop(old, files.gguf);
   seen.old = await ask(old);

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fox_edge.artifact import Artifact
 from fox_edge.checkpoint import Checkpoint
 from fox_edge.errors import ArtifactError, FoxEdgeError
 from fox_edge.quant import GGUF, find_recipe
+from fox_edge.tokenizer import Tokenizer
 from runtimes.browser import server
 from runtimes.browser.server import HERE as PAGE
 from runtimes.browser.server import PAGE_FILES, VENDORED, serve
@@ -62,16 +63,18 @@ def vendored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(server, "HERE", page)
 
 
-Get = Callable[[str, str], tuple[int, dict[str, str], bytes]]
+Get = Callable[..., tuple[int, dict[str, str], bytes]]
 
 
 @pytest.fixture
 def get(vendored: None, exported: Artifact) -> Iterator[Get]:
     with serving(exported) as host:
 
-        def answer(path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+        def answer(
+            path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+        ) -> tuple[int, dict[str, str], bytes]:
             connection = http.client.HTTPConnection(host, timeout=10)
-            connection.request(method, path)  # sends the path as it is, dots and all
+            connection.request(method, path, headers=headers or {})  # sends the path as it is, dots and all
             response = connection.getresponse()
             result = response.status, dict(response.getheaders()), response.read()
             connection.close()
@@ -126,6 +129,7 @@ def test_what_is_dropped_is_opened_or_refused_in_a_sentence(
     need("node", (PAGE / "vendor" / VENDORED[-1]).is_file(), "`make clients` was not run")
     int8, q4_0 = (Artifact.open(gguf_asked[quant].folder).model_path for quant in ("int8", "q4_0"))
     asked = answers["int4"]
+    long = " ".join([asked.question] * 12)
     (tmp_path / "notes.txt").write_text("Hello, this is no model.")
     (tmp_path / "cut.gguf").write_bytes(int8.read_bytes()[:2_000_000])
     (tmp_path / "pictures").mkdir()
@@ -138,6 +142,7 @@ def test_what_is_dropped_is_opened_or_refused_in_a_sentence(
         "other": q4_0,
         "onnx": asked.folder,
         "question": asked.question,
+        "long": long,
     }
     with serving(None) as host:
         url = f"http://{host}/"
@@ -165,9 +170,8 @@ def test_what_is_dropped_is_opened_or_refused_in_a_sentence(
     )
 
     # Threads or none, current browsers or old ones, dropped or chosen: the native runtime's text.
-    answers = [("gguf", "int8"), ("old", "int8"), ("alone", "q4_0")]
-    expected = {name: gguf_asked[quant] for name, quant in answers} | {"onnx": asked}
-    for name, told in expected.items():
+    cases = [("gguf", "int8"), ("old", "int8"), ("alone", "q4_0")]
+    for name, told in [("onnx", asked), *((name, gguf_asked[quant]) for name, quant in cases)]:
         found = seen[name]
         assert found["text"] == found["announced"] == told.text, name
         assert found["note"].startswith(f"{len(told.prompt)} tokens read · first token after")
@@ -175,6 +179,11 @@ def test_what_is_dropped_is_opened_or_refused_in_a_sentence(
         assert found["ready"]["state"] == "ready" and found["focused"] == ["question", "question"]
         assert not found["moved"], name
         assert re.fullmatch(r"[\d.]+ MB", found["facts"]["memory"]) and "tokens/s" in found["facts"]["speed"]
+    tokens = len(Tokenizer.from_folder(asked.folder).encode_chat([{"role": "user", "content": long}]))
+    sentence = f"The conversation has {tokens} tokens, and the context holds 256: begin a new chat."
+    for name in ("shortGguf", "shortOnnx"):
+        assert seen[name]["note"] == seen[name]["announced"] == sentence and seen[name]["text"] == ""
+        assert seen[name]["facts"]["context"] == "256 tokens"
     facts = seen["gguf"]["facts"]
     assert (facts["model"], facts["size"], facts["context"]) == (
         "nano",
@@ -212,6 +221,32 @@ def test_server_hands_out_the_page_and_the_folder(get: Get, exported: Artifact) 
     assert (status, body) == (200, b"")
     assert int(headers["Content-Length"]) == (exported.path / "manifest.json").stat().st_size
     assert get("/served.json", "GET")[2] == b'{"model": "model/"}'
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=5-4000", 5, 4001),
+        ("bytes=0-", 0, None),
+        ("bytes=1000-", 1000, None),
+        ("bytes=2000-99999999999", 2000, None),
+        # Nothing that is served: all of it comes, as RFC 9110 lets a server do.
+        *((text, None, None) for text in ("bytes=9-5", "bytes=-5", "bytes=0-1,4-5", "lines=1-2")),
+        ("bytes=99999999999-", None, None),
+    ],
+)
+def test_server_hands_out_pieces(
+    asked: str, start: int | None, stop: int | None, get: Get, exported: Artifact
+) -> None:
+    data = (exported.path / "model.onnx_data").read_bytes()
+    status, headers, body = get("/model/model.onnx_data", "GET", {"Range": asked})
+    assert body == data[start:stop] and int(headers["Content-Length"]) == len(body)
+    if start is None:
+        assert status == 200 and "Content-Range" not in headers
+        return
+    last = (len(data) if stop is None else stop) - 1
+    assert (status, headers["Content-Range"]) == (206, f"bytes {start}-{last}/{len(data)}")
 
 
 @pytest.mark.usefixtures("vendored")

@@ -30,11 +30,17 @@ def test_sizes_of_blocks_are_ggml_s() -> None:
 def test_a_header_is_read_as_gguf_py_reads_it(nano_gguf: Artifact) -> None:
     (found,) = headers(nano_gguf.model_path)["found"]
     reader = gguf.GGUFReader(nano_gguf.model_path)
+
+    def value(key: str) -> object:
+        field = reader.get_field(key)
+        assert field is not None
+        return field.contents()
+
     last = max(reader.tensors, key=lambda tensor: tensor.data_offset)
     assert found["header"] == {
         "architecture": "llama",
-        "name": reader.get_field("general.name").contents(),
-        "context": reader.get_field("llama.context_length").contents(),
+        "name": value("general.name"),
+        "context": value("llama.context_length"),
         "end": last.data_offset + last.n_bytes,
     }
 
