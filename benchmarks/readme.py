@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "prefix-gain": runs.prefix_gain_table,
     "serve": runs.serve_table,
     "gpu": runs.gpu_table,
+    "browser": runs.browser_table,
 }
 
 

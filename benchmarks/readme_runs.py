@@ -246,3 +246,25 @@ def gpu_table(results: Mapping[str, Any]) -> str:
     with_what = f"driver {card['driver']}, CUDA {about['cuda']}, triton {about['triton']}"
     tables = [markdown(head, rows), markdown(rate_head, rates)]
     return "\n\n".join([*tables, f"{card['name']}, {with_what}; {machine_line(results['machine'])}"])
+
+
+def browser_table(report: Mapping[str, Any]) -> str:
+    """Every artifact in its own runtime and in the browser, whose own memory stands beside the sum."""
+    rows = [
+        [
+            f"{row['artifact'].removeprefix('browser:')} in {row['runtime']}",
+            mb(row["bytes"]),
+            f"{row['load_s']:.2f}",
+            f"{1e3 * row['time_to_first_token_s']:,.0f}",
+            f"{row['prompt_tokens_per_s']:,.0f}",
+            f"{row['decode_tokens_per_s']:,.0f}",
+            mb(row["peak_rss_bytes"]),
+            mb(row["empty_rss_bytes"]),
+        ]
+        for row in report["results"]
+    ]
+    head = (
+        *("", "MB", "load, s", "first token, ms", "prompt tok/s", "decode tok/s"),
+        *("peak memory, MB", "of it before a model, MB"),
+    )
+    return measured(head, rows, report)
