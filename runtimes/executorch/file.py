@@ -103,7 +103,8 @@ class PteFile:
 
     def _once(self, place: Place) -> None:
         """No other data is as long, and what belongs to nothing is less than the matrix."""
-        pte = self._program.pte
+        pte, config = self._program.pte, self._program.config
+        rotary = (self._program.context, config.head_dim // 2)
         # A segment is a claim upon bytes, also where it lies over others'.
         ranges = sorted({*pte.named.values(), *(r for p in self._places.values() for r in p.regions)})
         for region in ranges:
@@ -112,8 +113,16 @@ class PteFile:
                 raise VerificationError(
                     f"{self._path}: the embedding is there twice, at {place.offset} and at {region.offset}"
                 )
+        methods = pte.methods.values()
+        tables = {
+            Region(t.constant, t.bytes)
+            for m in methods
+            for t in m.tensors
+            if t.shape == rotary and t.constant
+        }
+        payloads = {region for m in methods for _, region in m.backends}
         size, used, end = len(self._data or b""), 0, 0
-        for region in ranges:
+        for region in sorted({*ranges, *tables, *payloads}):
             used += max(0, region.offset + region.bytes - max(region.offset, end))
             end = max(end, region.offset + region.bytes)
         if size - used >= place.numbers.bytes + len(pte.segments) * _PADDING:
