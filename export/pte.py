@@ -77,7 +77,7 @@ def export_pte(
     with ArtifactWriter(target, replace) as writer:
         with _silence():
             plan = _Plan(checkpoint, assignments, context, kv)
-        writer.need(needed_bytes(checkpoint, assignments) + plan.file.nbytes)
+        writer.need(plan.file.nbytes + needed_bytes(checkpoint, {}))
         model = writer.folder / MODEL_FILE
         write_weights(
             model,
