@@ -53,7 +53,8 @@ class Engine:
 
     def __init__(self, path: Path, threads: int) -> None:
         self._path = path
-        self._name, self._method = "", None
+        self._name = ""
+        self._method: Any = None
         with _logs() as log:
             _load_kernels()
             _set_threads(threads)

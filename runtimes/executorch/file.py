@@ -132,8 +132,8 @@ class PteFile:
 
     def _same(self, one: Region, other: Region) -> bool:
         assert self._data is not None
-        views = [np.frombuffer(self._data, np.uint8, other.bytes, r.offset) for r in (one, other)]
-        return bool(np.array_equal(*views))
+        first, second = (np.frombuffer(self._data, np.uint8, other.bytes, r.offset) for r in (one, other))
+        return bool(np.array_equal(first, second))
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids by the folder's own tokenizer files, without <bos>."""
