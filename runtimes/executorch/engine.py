@@ -123,9 +123,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Attention's matrix products are PyTorch's, called from ExecuTorch's own threads: were each to start
-    threads of PyTorch's, a prompt would spend most of its time waiting for them (measured: ten times as long
-    on a small model)."""
+    """The thread that calls ExecuTorch works for it too: as `_one_product_thread`, for this one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,6 +154,17 @@ def _load_kernels() -> None:
     for pattern in _KERNELS:
         for library in root.glob(pattern):
             ctypes.CDLL(str(library))
+    _one_product_thread()
+
+
+def _one_product_thread() -> None:
+    """Attention's matrix products are PyTorch's, where that has MKL: called from ExecuTorch's own threads,
+    each would start threads of its own, and these wait by spinning for most of a prompt. MKL's number for
+    threads that chose none is set; PyTorch's main thread keeps the number that it has."""
+    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(str(library)).mkl_serv_set_num_threads(1)
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _unlock(path: Path) -> None:
