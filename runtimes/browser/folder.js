@@ -16,6 +16,20 @@ class Folder {
 
 }
 
+/** An answer's bytes, as many as were announced; one buffer is filled in place, so that they are held once. */
+async function readInto(response, total, file, onBytes = () => {}) {
+  const whole = new Uint8Array(total);
+  let done = 0;
+  const reader = response.body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    if (done + part.value.length <= total) whole.set(part.value, done);
+    done += part.value.length;
+    onBytes(done, total);
+  }
+  if (done !== total) throw new Error(`${file}: ${done} bytes came, but ${total} were announced`);
+  return whole;
+}
+
 /** A file on a server, or a stretch of it, with what its readers ask of a Blob; each reading is a request. */
 class ServedBlob {
   /** Null where the server does not give pieces of its files. */
@@ -46,12 +60,9 @@ class ServedBlob {
 
   async arrayBuffer() {
     if (!this.size) return new ArrayBuffer(0);
-    const buffer = await (await this.#fetch()).arrayBuffer();
-    if (buffer.byteLength !== this.size) {
-      throw new Error(`${this.url.pathname}: ${buffer.byteLength} bytes came, but ${this.size} were asked for`);
-    }
+    const whole = await readInto(await this.#fetch(), this.size, this.url.pathname);
     this.onEnd(this.start + this.size);
-    return buffer;
+    return whole.buffer;
   }
 
   async #fetch() {
@@ -149,29 +160,12 @@ export class ServedFolder extends Folder {
     return (await this.#fetch(file)).text();
   }
 
-  /** A file as bytes; one buffer of the announced size is filled in place, so that it is held once. */
-  async bytes(file, onBytes = () => {}) {
+  /** A file as bytes. */
+  async bytes(file, onBytes) {
     const response = await this.#fetch(file);
     const total = Number(response.headers.get("content-length") ?? 0);
-    const parts = [];
-    let done = 0;
-    let whole = total ? new Uint8Array(total) : null;
-    const reader = response.body.getReader();
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      if (whole && done + part.value.length <= total) whole.set(part.value, done);
-      else parts.push(part.value);
-      done += part.value.length;
-      onBytes(done, total);
-    }
-    if (whole && done === total) return whole;
-    if (whole) throw new Error(`${file}: ${done} bytes came, but ${total} were announced`);
-    whole = new Uint8Array(done);
-    let at = 0;
-    for (const part of parts) {
-      whole.set(part, at);
-      at += part.length;
-    }
-    return whole;
+    if (total) return readInto(response, total, file, onBytes);
+    return new Uint8Array(await response.arrayBuffer()); // the server did not say how many come
   }
 
   async #fetch(file) {
