@@ -53,6 +53,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 _LOWEST_FD = 10  # so that neither end of a pipe is 3 or 4 itself
 START_S, ANSWER_S, END_S = 60.0, 600.0, 10.0
 _SAID = 400  # characters of a dead browser's last line
+# Chromium keeps a socket in a folder under TMPDIR and aborts where that has a name of more than 107 bytes.
+_LONGEST_TMPDIR = 60
 
 
 def find_chromium() -> str:
@@ -65,6 +67,12 @@ def find_chromium() -> str:
             f"no Chromium or Chrome was found ({looked}): install one, or name it in {PROGRAM_VARIABLE}"
         )
     return found
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with room for the name of a socket."""
+    short = len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TMPDIR
+    return dict(os.environ) if short else {**os.environ, "TMPDIR": "/tmp"}
 
 
 class Chromium:
@@ -89,6 +97,7 @@ class Chromium:
             stderr=self._said,
             pass_fds=(theirs_in, theirs_out),
             start_new_session=True,
+            env=_environment(),
         )
         os.close(theirs_in)
         os.close(theirs_out)

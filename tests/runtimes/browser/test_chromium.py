@@ -109,13 +109,15 @@ def test_no_browser_is_left_behind_by_a_process_that_is_killed(tmp_path: Path) -
         "from runtimes.browser.chromium import Chromium; b = Chromium(); print(b.pid, flush=True); input()"
     )
     root = Path(__file__).parents[3]
+    far_down = tmp_path / "a-folder-with-a-long-name" / "for-files-that-are-needed-for-a-while"
+    far_down.mkdir(parents=True)
     process = subprocess.Popen(
         [sys.executable, "-c", lines],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(far_down)},
     )
     with process:
         assert process.stdout is not None
