@@ -3,25 +3,10 @@
 //
 //   node browser.mjs CHROMIUM URL [SCREENSHOT.png]
 
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { chromium } from "playwright-core";
+import { launch } from "./chromium.mjs";
 
 const [executablePath, url, screenshot] = process.argv.slice(2);
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
-const profile = mkdtempSync(join(tmpdir(), "fox-edge-chromium-"));
-const context = await chromium.launchPersistentContext(profile, {
-  executablePath,
-  args: FLAGS,
+const { context, discard } = await launch(executablePath, {
   viewport: { width: 900, height: 620 },
 });
 const requests = [];
@@ -78,5 +63,5 @@ try {
   console.log(JSON.stringify({ ...seen, requests, complaints }));
 } finally {
   await context.close();
-  rmSync(profile, { recursive: true, force: true });
+  discard();
 }

@@ -4,26 +4,12 @@
 //   node drop.mjs CHROMIUM URL '{"text": FILE, "cut": FILE, "empty": FOLDER, "gguf": FILE, "other": FILE,
 //                                "onnx": FOLDER, "question": TEXT, "long": TEXT}' [SCREENSHOTS]
 
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { chromium } from "playwright-core";
+import { launch } from "./chromium.mjs";
 
 const [executablePath, url, given, screenshots] = process.argv.slice(2);
 const files = JSON.parse(given);
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
-const profile = mkdtempSync(join(tmpdir(), "fox-edge-chromium-"));
-const context = await chromium.launchPersistentContext(profile, {
-  executablePath,
-  args: FLAGS,
+const { context, discard } = await launch(executablePath, {
   viewport: { width: 1280, height: 800 },
   colorScheme: "light",
 });
@@ -216,5 +202,5 @@ try {
   console.log(JSON.stringify({ ...seen, requests }));
 } finally {
   await context.close();
-  rmSync(profile, { recursive: true, force: true });
+  discard();
 }

@@ -2,26 +2,12 @@
 //
 //   node report_page.mjs CHROMIUM FILE.html WIDTH HEIGHT light|dark screen|print [SCREENSHOT.png]
 
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { resolve } from "node:path";
 import { pathToFileURL } from "node:url";
-import { chromium } from "playwright-core";
+import { launch } from "./chromium.mjs";
 
 const [executablePath, file, width, height, colorScheme, media, screenshot] = process.argv.slice(2);
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
-const profile = mkdtempSync(join(tmpdir(), "fox-edge-chromium-"));
-const context = await chromium.launchPersistentContext(profile, {
-  executablePath,
-  args: FLAGS,
+const { context, discard } = await launch(executablePath, {
   viewport: { width: Number(width), height: Number(height) },
   colorScheme,
   deviceScaleFactor: screenshot ? 2 : 1,
@@ -71,5 +57,5 @@ try {
   console.log(JSON.stringify({ ...seen, url, requests, complaints }));
 } finally {
   await context.close();
-  rmSync(profile, { recursive: true, force: true });
+  discard();
 }

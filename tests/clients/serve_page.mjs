@@ -4,26 +4,11 @@
 //
 // All of it by keyboard: a question, a second one in the same chat, a stop in mid-answer, a new chat.
 
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { chromium } from "playwright-core";
+import { launch } from "./chromium.mjs";
 
 const [executablePath, url, width, height, colorScheme, key, screenshot] = process.argv.slice(2);
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
 const QUESTION = "Tom has 12 apples and buys 7 more apples. How many apples does Tom have?";
-const profile = mkdtempSync(join(tmpdir(), "fox-edge-chromium-"));
-const context = await chromium.launchPersistentContext(profile, {
-  executablePath,
-  args: FLAGS,
+const { context, discard } = await launch(executablePath, {
   viewport: { width: Number(width), height: Number(height) },
   colorScheme,
   deviceScaleFactor: screenshot ? 2 : 1,
@@ -175,5 +160,5 @@ try {
   console.log(JSON.stringify({ ...seen, requests, complaints }));
 } finally {
   await context.close();
-  rmSync(profile, { recursive: true, force: true });
+  discard();
 }
