@@ -61,7 +61,7 @@ def study_of(checkpoint: Path, shape: str, device: str) -> Study:
         long_prompt=300,
         users=(2,),
         texts=(2, 16),
-        read=(60, 6, 3),
+        read=(60, 24, 3),
         rate_seconds=0.05,
         seconds=0.0,
         passes=(2, 2),
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"in all (default: {_SECONDS:g})")
     parser.add_argument("--shape", choices=tuple(SHAPES), default=_FOX)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seed", type=int, help="of the inputs of what must be exact (default: a fresh one)")
     args = parser.parse_args(argv)
     try:
         run(args, sys.argv[1:] if argv is None else argv)
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
 
     save()
     study = study_of(checkpoint_in(args.work, args.shape), args.shape, args.device)
+    study = replace(study, seed=args.seed)
     measure(plan(study, parts), results, save, args.seconds, args.results.with_suffix(".log"))
     print(goals_text(results["goals"]))
     if args.device != "cuda":

@@ -71,6 +71,11 @@ class Study:
     buffers: Sequence[int] = (4 << 30,)
     products: Sequence[tuple[int, int, int]] | None = None
     kernel_seconds: float = 0.03
+    seed: int | None = None  # of the inputs of what must be exact; fresh ones where it is None
+
+    def drawn(self) -> dict[str, Any]:
+        """What a job on random inputs is told of them."""
+        return {} if self.seed is None else {"seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _floors(s: Study) -> Iterator[Case]:
 def _exact(s: Study) -> Iterator[Case]:
     for which in ("nano", "random"):
         job = {"do": "logits", "device": s.device, "checkpoint": which, "read": list(s.read)}
-        yield Case("exact", f"logits, {which}", job)
+        yield Case("exact", f"logits, {which}", job | s.drawn())
     texts, tokens = s.texts
     greedy = {"do": "greedy", "device": s.device, "texts": texts, "tokens": tokens}
     yield Case("exact", "greedy, nano", greedy)
@@ -184,7 +189,7 @@ def _exact(s: Study) -> Iterator[Case]:
 def _kernels(s: Study) -> Iterator[Case]:
     for name in KERNELS:
         job = {"do": "kernels", "device": s.device, "shape": s.shape, "kernel": name}
-        yield Case("kernels", name, job | {"seconds": s.kernel_seconds})
+        yield Case("kernels", name, job | {"seconds": s.kernel_seconds} | s.drawn())
 
 
 def _speed(s: Study, prefix: str, users: int = 1, **asked: Any) -> dict[str, Any]:
