@@ -118,8 +118,9 @@ class _Plan:
         self, checkpoint: Checkpoint, assignments: Mapping[str, Assignment], context: int, kv: str
     ) -> None:
         from export.pte_file import PteFile, Table
+        from export.pte_layers import COLUMN_SCALES
         from export.pte_program import build_program, fills
-        from export.pte_units import COLUMN_SCALES, UnitMaker, key_of
+        from export.pte_units import UnitMaker, key_of
         from export.pte_weights import SCALE_BYTES, Stored
 
         config, shapes = checkpoint.config, checkpoint.shapes()

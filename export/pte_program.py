@@ -126,11 +126,17 @@ class _Delegated(nn.Module):
 
 
 class _Cache(nn.Module):
-    """Keys and values of one layer, and attention to them: q (1, T, H, D), k and v (1, T, K, D)."""
+    """Keys and values of one layer, and attention to them: q (1, T, H, D), k and v (1, T, K, D).
 
-    def __init__(self, config: FoxConfig, context: int, kv: str) -> None:
+    ExecuTorch's attention reads a key/value head once for every query head that has it. Where `grouped`, the
+    query heads of a lone token are given to it as if they were tokens of one head, so that they read it
+    together: in a long conversation that is most of what a token reads.
+    """
+
+    def __init__(self, config: FoxConfig, context: int, kv: str, *, grouped: bool) -> None:
         super().__init__()
-        self.integers = kv == INT8
+        self.integers, self.grouped = kv == INT8, grouped
+        self.kv_heads, self.group = config.num_kv_heads, config.num_heads // config.num_kv_heads
         shape = (1, context, config.num_kv_heads, config.head_dim)
         for name in ("k", "v"):
             dtype = torch.int8 if self.integers else torch.float32
@@ -139,42 +145,57 @@ class _Cache(nn.Module):
                 self.register_buffer(f"{name}_scales", torch.zeros(*shape[:-1], 1))
                 self.register_buffer(f"{name}_zeros", torch.zeros(*shape[:-1], 1, dtype=torch.int8))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        if self.integers:
-            return self._rounded(q, k, v, position)
-        self._keep("k_cache", k, position)
-        self._keep("v_cache", v, position)
-        attend = torch.ops.llama.custom_sdpa
-        found: Tensor = attend(q, self.k_cache, self.v_cache, position, None, 0.0, True)
-        return found
-
-    def _rounded(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        """Every head of every position has a scale and a zero point."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, alone: Tensor) -> Tensor:
+        """What is attended, (1, T, H, D). `alone` says whether there is one token, and room for its group."""
+        position: int = input_pos[-1].item()
+        torch._check(position >= 0)
+        queries: tuple[Tensor, ...] = (q,)
+        cache: tuple[Tensor, ...] = (self.k_cache, self.v_cache)
         for name, new in (("k", k), ("v", v)):
-            for part, value in zip(("cache", "scales", "zeros"), _to_int8(new), strict=True):
-                self._keep(f"{name}_{part}", value, position)
-        query, scales, zeros = _to_int8(q)
-        attend = torch.ops.llama.custom_quantized_sdpa
-        found: Tensor = attend(
-            query,
-            self.k_cache,
-            self.v_cache,
-            position,
-            None,
-            0.0,
-            True,
-            None,
-            zeros,
-            scales,
-            self.k_zeros,
-            self.k_scales,
-            self.v_zeros,
-            self.v_scales,
-        )
+            # In int8 every head of every position has a scale and a zero point.
+            parts = _to_int8(new) if self.integers else (new,)
+            for part, value in zip(("cache", "scales", "zeros"), parts, strict=False):
+                torch.ops.llama.update_cache(value, getattr(self, f"{name}_{part}"), position)
+        if self.integers:
+            queries = _to_int8(q)
+            cache = (*cache, self.k_zeros, self.k_scales, self.v_zeros, self.v_scales)
+        if not self.grouped:
+            return _attend(position, queries, cache)
+        found: Tensor = torch.cond(alone, self._alone, _all_tokens, (input_pos, queries, cache))
         return found
 
-    def _keep(self, name: str, new: Tensor, position: int) -> None:
-        torch.ops.llama.update_cache(new, getattr(self, name), position)
+    def _alone(self, input_pos: Tensor, queries: tuple[Tensor, ...], cache: tuple[Tensor, ...]) -> Tensor:
+        """Attention of one token: as many tokens as a group has heads, without a mask, end where it is."""
+        shape = (1, self.kv_heads, self.group, -1)
+        grouped = tuple(x[:, :1].reshape(shape).transpose(1, 2).contiguous() for x in queries)
+        position: int = input_pos[-1].item()
+        torch._check(position >= self.group - 1)
+        found = _attend(position - self.group + 1, grouped, cache, causal=False)
+        together = found.transpose(1, 2).reshape(1, 1, self.kv_heads * self.group, -1)
+        return together.expand(queries[0].shape).clone()  # of the other branch's shape: T is 1
+
+
+def _all_tokens(input_pos: Tensor, queries: tuple[Tensor, ...], cache: tuple[Tensor, ...]) -> Tensor:
+    """Attention of any number of tokens, each to those up to its own."""
+    position: int = input_pos[-1].item()
+    torch._check(position >= 0)
+    return _attend(position, queries, cache)
+
+
+def _attend(
+    position: int, queries: tuple[Tensor, ...], cache: tuple[Tensor, ...], *, causal: bool = True
+) -> Tensor:
+    """ExecuTorch's attention: numbers, or integers with their scales and zero points."""
+    keys, values, *how = cache
+    query, *its = queries
+    found: Tensor
+    if not how:
+        found = torch.ops.llama.custom_sdpa(query, keys, values, position, None, 0.0, causal)
+        return found
+    scales, zeros = its
+    attend = torch.ops.llama.custom_quantized_sdpa
+    found = attend(query, keys, values, position, None, 0.0, causal, None, zeros, scales, *how)
+    return found
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,12 +221,17 @@ class _Whole(nn.Module):
     ) -> None:
         super().__init__()
         self.context, self.all_rows = context, all_rows
+        self.group = config.num_heads // config.num_kv_heads
+        # Whoever scores gives many tokens; a program with both ways takes the exporter twice as long.
+        grouped = self.group > 1 and not all_rows
         self.first = _Delegated(units[0], lambda stored: _hidden(config, stored.shape[1]))
         self.middle = nn.ModuleList(
             _Delegated(unit, lambda x: _hidden(config, x.shape[1])) for unit in units[1:-1]
         )
         self.last = _Delegated(units[-1], lambda x: (torch.empty(1, x.shape[1], config.vocab_size),))
-        self.caches = nn.ModuleList(_Cache(config, context, kv) for _ in range(config.num_layers))
+        self.caches = nn.ModuleList(
+            _Cache(config, context, kv, grouped=grouped) for _ in range(config.num_layers)
+        )
         for name, table in _stand_ins(config, embedding).items():
             self.register_buffer(name, table)
         cos, sin = rotary_tables(config, torch.arange(context))
@@ -223,10 +249,11 @@ class _Whole(nn.Module):
         torch._check(position + length <= self.context)
         turns = [self._turn(table, position, length) for table in (self.cos, self.sin)]
         stored, scales = F.embedding(tokens, self.table).float(), F.embedding(tokens, self.scales).float()
+        alone = (torch.scalar_tensor(length) == 1) & (input_pos[-1] >= self.group - 1)
         x, q, k, v = self.first(stored, scales, *turns)
         for cache, unit in zip(self.caches, self.middle, strict=False):
-            x, q, k, v = unit(x, cache(q, k, v, position), *turns)
-        y = self.caches[-1](q, k, v, position)
+            x, q, k, v = unit(x, cache(q, k, v, input_pos, alone), *turns)
+        y = self.caches[-1](q, k, v, input_pos, alone)
         if self.all_rows:
             return self.last(x, y)[0]
         logits: Tensor = self.last(x[:, -1:], y[:, -1:])[0]

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fox_edge.quant import EMBEDDING, INT8_LIMITS, PTE, Recipe, find_recipe
 from runtimes.base import SessionOptions
 from runtimes.executorch.session import PteSession
 from runtimes.executorch.weights import read_places
-from tests.helpers import TINY
+from tests.helpers import TINY, make_checkpoint
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, TINY.vocab_size, 70)]
 
@@ -106,6 +107,24 @@ def test_a_prompt_in_any_chunks_ends_in_the_same_logits(name: str, request: pyte
         assert error(last, rows[30]) < 0.01
     finally:
         session.close()
+
+
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_a_lone_token_attends_as_it_would_among_others(kv: str, tmp_path: Path) -> None:
+    """Each of two key/value heads has three query heads; for the first tokens these do not look together."""
+    config = replace(TINY, num_heads=6, num_kv_heads=2)
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "two", config))
+    recipe = Recipe("plain", PTE, "float32", (), INT8_LIMITS)
+    artifact = export_pte(checkpoint, tmp_path / "pte", recipe, kv=kv, context=16)
+    rows = logits_of(artifact, TOKENS[:12])
+    # The cache alone is rounded: half a step of 255 in what is looked at.
+    assert error(rows, reference(checkpoint.load_model(), TOKENS[:12])) < {"float32": 1e-5, "int8": 0.01}[kv]
+    session = PteSession(artifact, SessionOptions(threads=1))
+    try:
+        steps = np.stack([session.step(token) for token in TOKENS[:12]])
+    finally:
+        session.close()
+    assert error(steps, rows) < 1e-5
 
 
 def test_head_and_lookup_read_the_same_bytes(copy: Artifact, tiny: Checkpoint) -> None:

@@ -138,7 +138,7 @@ def test_what_fits_here_and_now(artifact: Artifact, monkeypatch: pytest.MonkeyPa
 
 
 def test_mistakes(artifact: Artifact) -> None:
-    with pytest.raises(ContextOverflowError, match="257 was asked for, but the model has 256"):
+    with pytest.raises(ContextOverflowError, match="257 was asked for, but it goes up to 256"):
         footprint(str(artifact.path), SessionOptions(context=257))
     with pytest.raises(FoxEdgeError, match=r"--kv int8: llama\.cpp has f16 or q8_0 or q4_0"):
         footprint(str(artifact.path), SessionOptions(kv="int8"))

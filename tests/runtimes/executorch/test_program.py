@@ -182,12 +182,13 @@ def test_a_matrix_that_is_not_what_its_key_says(copy: Artifact) -> None:
 
 def test_lookups_elsewhere_than_in_the_head(copy: Artifact) -> None:
     """The constant segment's offset of the table, moved by a line: as an export with two copies has it."""
-    data, at = bytearray(copy.model_path.read_bytes()), read_places(copy)[EMBEDDING].offset
+    data, place = bytearray(copy.model_path.read_bytes()), read_places(copy)[EMBEDDING]
     segments = read_artifact_program(copy).pte.segments
-    (start,) = [r.offset for r in segments if r.offset < at < r.offset + r.bytes]
-    told = struct.pack("<Q", at - start)
+    (start,) = [r.offset for r in segments if r.offset < place.offset < r.offset + r.bytes]
+    at, scales = place.offset - start, place.scales_offset - start
+    told = struct.pack("<QQ", at, scales)
     assert data.count(told) == 1
-    copy.model_path.write_bytes(data.replace(told, struct.pack("<Q", at - start - 128)))
+    copy.model_path.write_bytes(data.replace(told, struct.pack("<QQ", at - 128, scales)))
     with (
         contextlib.closing(PteFile(copy)) as file,
         pytest.raises(VerificationError, match="does not look rows up"),
