@@ -62,7 +62,7 @@ def footprint(target: str, options: SessionOptions) -> dict[str, Any]:
     context = most if options.context is None else options.context
     if context > most:
         raise ContextOverflowError(
-            f"{target}: a context of {context} was asked for, but the model has {most}"
+            f"{target}: a context of {context} was asked for, but it goes up to {most}"
         )
     need: MemoryNeed = opened.need(model, replace(options, context=context))
     tokenizer = TOKENIZER_BYTES + TOKENIZER_PIECE_BYTES * about.pieces

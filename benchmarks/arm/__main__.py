@@ -109,6 +109,8 @@ def _rows(
         return [{**head, "processor": X86, **failed(error)}]
     rows = [{**head, "processor": X86, **compared(reference, artifact, job, x86, None)}]
     for processor in PROCESSORS:
+        if format not in processor.formats:
+            continue
         say(f"{artifact.path.name} on {processor.name}")
         row: Row = {**head, "processor": processor.name}
         try:

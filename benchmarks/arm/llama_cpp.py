@@ -77,6 +77,8 @@ def libraries(work: Path, march: str) -> Path:
     run(
         *("cmake", "-S", source, "-B", build, f"-DCMAKE_TOOLCHAIN_FILE={toolchain.resolve()}"),
         *("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", f"-DGGML_CPU_ARM_ARCH={march}"),
+        # Each finds the others beside itself: in the build's folder lie those of the last -march.
+        *("-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"),
         *(f"-D{option}=OFF" for option in _OFF),
     )
     run("cmake", "--build", build, "--target", "llama", "--parallel", available_cores())

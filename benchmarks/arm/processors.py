@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from fox_edge.quant import GGUF, ONNX, PTE
+
 # Names in /proc/cpuinfo of AT_HWCAP's bits, from bit 0; 'asimddp' is dotprod.
 _HWCAP = (
     *("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "atomics", "fphp", "asimdhp"),
@@ -32,6 +34,7 @@ class Processor:
     """One to emulate: what rows call it, qemu's -cpu, and llama.cpp's -march on a phone with it.
 
     `dotprod` and `i8mm` are what it must and must not have; the check fails where its own word differs.
+    `formats` are those of the exports that are run on it.
     """
 
     name: str
@@ -39,12 +42,16 @@ class Processor:
     march: str
     dotprod: bool
     i8mm: bool
+    formats: tuple[str, ...] = (GGUF, ONNX, PTE)
 
 
 # As llama.cpp's own builds for Android divide phones: Armv8.0, Armv8.2 with dotprod and FP16, Armv8.6 with
 # i8mm. qemu's `max` has everything that it can emulate; few phones let programs use SVE, so it is off.
+# ExecuTorch's wheel for Linux does not start on Armv8.0: its libraries have Armv8.1's atomic instructions
+# (LSE). Of qemu's processors the A64FX alone has these and no dotprod.
 PROCESSORS = (
-    Processor("cortex-a53", "cortex-a53", "armv8-a", False, False),
+    Processor("cortex-a53", "cortex-a53", "armv8-a", False, False, (GGUF, ONNX)),
+    Processor("a64fx", "a64fx", "armv8.2-a", False, False, (PTE,)),
     Processor("cortex-a76", "cortex-a76", "armv8.2-a+dotprod+fp16", True, False),
     Processor("armv8.6", "max,sve=off,pauth-impdef=on", "armv8.6-a+fp16+i8mm", True, True),
 )

@@ -60,7 +60,7 @@ def without_processes(package: Path) -> None:
 
     What binds its processes to each other calls NVIDIA's libraries as soon as it is loaded.
     """
-    for path in (package / "distributed").rglob("*.py"):
+    for path in (package / "__init__.py", *(package / "distributed").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if (single := _IS_BUILT.sub("False", text)) != text:
             path.write_text(single, encoding="utf-8")

@@ -118,7 +118,7 @@ def test_inspect_from_the_command_line(optimum_folder: Path, capsys: pytest.Capt
     text = capsys.readouterr().out
     assert "two matrices" in text and "NOT verified" in text and f"takes {4 * MATRIX:,} bytes besides" in text
     assert cli.main(["inspect", str(optimum_folder), "--context", "5000"]) == 2
-    assert "a context of 5000 was asked for, but the model has 1024" in capsys.readouterr().err
+    assert "a context of 5000 was asked for, but it goes up to 1024" in capsys.readouterr().err
 
 
 def test_chat_from_the_command_line(optimum_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

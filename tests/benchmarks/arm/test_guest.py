@@ -70,8 +70,10 @@ def test_a_stand_in_has_every_name_once() -> None:
 
 
 def test_pytorch_is_told_that_it_is_alone(tmp_path: Path) -> None:
-    asks = tmp_path / "distributed" / "rpc" / "__init__.py"
+    package, asks = tmp_path / "__init__.py", tmp_path / "distributed" / "rpc" / "__init__.py"
     asks.parent.mkdir(parents=True)
     asks.write_text('def is_available():\n    return hasattr(torch._C, "_rpc_init")\n')
+    package.write_text('if hasattr(torch._C, "_c10d_init"):\n    import torch.distributed\n')
     torch_lib.without_processes(tmp_path)
     assert asks.read_text() == "def is_available():\n    return False\n"
+    assert package.read_text() == "if False:\n    import torch.distributed\n"

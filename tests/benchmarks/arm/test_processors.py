@@ -14,6 +14,8 @@ from benchmarks.arm.processors import (
     features,
     instruction_name,
 )
+from fox_edge.quant import PTE
+from runtimes.base import RUNTIMES
 
 # As GNU as encodes them: the oracle of the masks.
 ASSEMBLED = [
@@ -80,7 +82,7 @@ def test_cpuinfo_is_written_as_linux_writes_it() -> None:
     ]
 
 
-A53, A76, NEWEST = PROCESSORS
+A53, A64FX, A76, NEWEST = PROCESSORS
 
 
 def probe(sdot: bool, smmla: bool, *names: str) -> dict[str, object]:
@@ -101,4 +103,7 @@ def test_a_processor_that_is_not() -> None:
 
 
 def test_the_processors_differ_in_what_the_check_is_about() -> None:
-    assert {(p.dotprod, p.i8mm) for p in PROCESSORS} == {(False, False), (True, False), (True, True)}
+    for format in RUNTIMES:
+        kinds = [(p.dotprod, p.i8mm) for p in PROCESSORS if format in p.formats]
+        assert kinds == [(False, False), (True, False), (True, True)]
+    assert A64FX.formats == (PTE,)
