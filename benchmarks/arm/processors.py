@@ -65,9 +65,14 @@ _ENCODINGS = {
     "usmmla": ((0xFFE0FC00, 0x4E80AC00),),
 }
 DOTPROD_INSTRUCTIONS, I8MM_INSTRUCTIONS = ("sdot", "udot"), ("smmla", "ummla", "usmmla")
-# A line of qemu's in_asm log: address, the instruction's 32 bits, and what its disassembler makes of them,
-# which knows none of these. What cannot be one of them is left out here.
-_LINE = re.compile(rb"^0x[0-9a-f]+:  ([0246][ef][89ab][0-9a-f]{5})\b", re.MULTILINE)
+# A line of qemu's in_asm log: address, the instruction's 32 bits, and what its disassembler makes of them. Of
+# what it does not know it shows the four bytes as they lie in memory, and these count: the bits beside them
+# are sometimes turned round, and a call may look like one of these then. What cannot be one is left out here.
+_LINE = re.compile(
+    rb"^0x[0-9a-f]+:  (?:([0246][ef][89ab][0-9a-f]{5})  +(?!\.byte)|[0-9a-f]{8}  +\.byte +"
+    rb"0x([0-9a-f]{2}), 0x([0-9a-f]{2}), 0x([89ab][0-9a-f]), 0x([0246][ef])\b)",
+    re.MULTILINE,
+)
 _READ_BYTES = 1 << 20
 
 
@@ -108,8 +113,8 @@ def count_instructions(log: BinaryIO) -> dict[str, int]:
     rest = b""
     while data := log.read(_READ_BYTES):
         lines, newline, rest = (rest + data).rpartition(b"\n")
-        for word in _LINE.findall(lines + newline):
-            if name := instruction_name(int(word, 16)):
+        for word, *stored in _LINE.findall(lines + newline):
+            if name := instruction_name(int(word or b"".join(reversed(stored)), 16)):
                 found[name] += 1
     return dict(sorted(found.items()))
 

@@ -52,9 +52,12 @@ class Trickle(io.BytesIO):
 def test_what_qemu_translated_is_counted_wherever_the_log_is_cut() -> None:
     log = b"----------------\nIN: \n"
     for n, (text, word, _) in enumerate(ASSEMBLED * 3):
-        # qemu's disassembler knows none of the new ones.
-        said = b".byte    0x20, 0x94" if n % 2 else text.encode()
+        # What qemu's disassembler does not know, it shows byte by byte.
+        stored = b", ".join(b"0x%02x" % byte for byte in word.to_bytes(4, "little"))
+        said = b".byte    " + stored if n % 2 else text.encode()
         log += b"0x%010x:  %08x  %s\n" % (0x5500810000 + 4 * n, word, said)
+    # bl, as it was seen: its bits turned round are those of smmla.
+    log += b"0x7f6b85f77148:  4e87a497  .byte    0x4e, 0x87, 0xa4, 0x97\n"
     log += b"0x5500820000:  4e829420  and not ended"
     due = {"sdot": 9, "smmla": 3, "udot": 6, "ummla": 3, "usmmla": 3}
     assert count_instructions(Trickle(log)) == count_instructions(io.BytesIO(log)) == due
