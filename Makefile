@@ -19,7 +19,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# The exports really run on ARM, emulated; an hour or more, and not part of the tests. Needs Debian or Ubuntu.
+# The exports really run on ARM, emulated; half an hour to an hour, and not part of the tests. Needs Debian or Ubuntu.
 arm-check: $(READY)
 	$(BIN)/python -m benchmarks.arm build/arm --results benchmarks/results/arm_check.json
 

@@ -6,8 +6,7 @@ WORK is a scratch folder with about 12 GB free, TEST.jsonl is GSM8K's test split
 costs and speed are measured on it; what rounding leaves is measured on the embedded model, on 8,192 positions
 of that text. The peer is llama.cpp on our own q4_k file, with and without repacking; of each figure it is
 given the better one. Models run in turn, each in a fresh process: a prompt of 234 tokens in 1,024 positions,
-and one of 4,000, ours there with the cache in float32 and in int8, which an export fixes. Runs for about
-twenty minutes; not part of the tests.
+and one of 4,000. Runs for about half an hour; not part of the tests.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ from benchmarks.processes.commands import fox_edge, random_checkpoint
 from benchmarks.rounding import measured, our_export, windows
 from fox_edge.checkpoint import Checkpoint
 
-OURS, LONG_CACHE, INT8_CACHE, PEER = "pte-int4", "pte-int4-4096", "pte-int4-4096-int8", "gguf-q4_k"
-_LONG_INT8 = f"{LONG.name}, int8 cache"
+OURS, LONG_CACHE, PEER = "pte-int4", "pte-int4-4096", "gguf-q4_k"
 # Name of an export, and what it is made by beside int4 weights rounded to nearest.
 _EXPORTS = (
     (OURS, ("--format", "pte", "--quant", "int4", "--context", str(SHORT.context))),
     (LONG_CACHE, ("--format", "pte", "--quant", "int4", "--context", str(LONG.context))),
-    (INT8_CACHE, ("--format", "pte", "--quant", "int4", "--context", str(LONG.context), "--kv", "int8")),
     (PEER, ("--format", "gguf", "--quant", "q4_k")),
 )
 # A row of `bench` -> whether more is better; of each the peer gets the best of its settings.
@@ -49,13 +46,10 @@ GOALS = (
     Goal("decode after 234, tok/s", "runs", "decode_tokens_per_s", SHORT.name, SHORT.name, at_least=1.5),
     Goal("prompt of 234, tok/s", "runs", "prompt_tokens_per_s", SHORT.name, SHORT.name, at_least=1.3),
     Goal("decode after 4,000, tok/s", "runs", "decode_tokens_per_s", LONG.name, LONG.name, at_least=1.3),
-    Goal("decode after 4,000, int8 cache, tok/s", "runs", "decode_tokens_per_s", _LONG_INT8, LONG.name),
     Goal("prompt of 4,000, tok/s", "runs", "prompt_tokens_per_s", LONG.name, LONG.name),
-    Goal("prompt of 4,000, int8 cache, tok/s", "runs", "prompt_tokens_per_s", _LONG_INT8, LONG.name),
     Goal("memory while running, 1,024", "runs", "running_rss_bytes", SHORT.name, SHORT.name, limit=1.3e9),
     Goal("peak RSS, 1,024 positions", "runs", "peak_rss_bytes", SHORT.name, SHORT.name),
     Goal("memory while running, 4,096", "runs", "running_rss_bytes", LONG.name, LONG.name),
-    Goal("memory while running, 4,096, int8 cache", "runs", "running_rss_bytes", _LONG_INT8, LONG.name),
     Goal("load, warm", "runs", "load_s", SHORT.name, SHORT.name, limit=1.5),
     Goal("weights of nano, int4", "fidelity", "weight_bytes", "pte-int4", "gguf-q4_k", at_most=1),
     Goal("mean KL of nano, int4, nats", "fidelity", "mean_kl_nats", "pte-int4", "gguf-q4_k", at_most=1),
@@ -104,13 +98,9 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def one_round(work: Path) -> list[dict[str, Any]]:
     """Ours and the peer's, turn by turn."""
     rows = []
-    for workload, ours in (
-        (SHORT, ((OURS, SHORT.name),)),
-        (LONG, ((LONG_CACHE, LONG.name), (INT8_CACHE, _LONG_INT8))),
-    ):
-        for folder, name in ours:
-            found = one_run(work / folder, workload)
-            rows.append({"artifact": folder, "run": name, **{key: found[key] for key in _FIGURES}})
+    for workload, ours in ((SHORT, OURS), (LONG, LONG_CACHE)):
+        found = one_run(work / ours, workload)
+        rows.append({"artifact": ours, "run": workload.name, **{key: found[key] for key in _FIGURES}})
         settings = [one_run(work / PEER, workload, "--repack", repack) for repack in ("on", "off")]
         rows.append({"artifact": PEER, "run": workload.name, **best_of(settings)})
     return rows
