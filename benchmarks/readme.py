@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import readme_exports as exports
 from benchmarks import readme_runs as runs
+from benchmarks.arm.verdicts import arm_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "serve": runs.serve_table,
     "gpu": runs.gpu_table,
     "browser": runs.browser_table,
+    "arm": arm_table,
 }
 
 
