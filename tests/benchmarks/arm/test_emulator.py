@@ -26,7 +26,10 @@ def emulator(tmp_path: Path, script: str) -> Emulator:
 
 
 def test_output_and_instructions_come_back(tmp_path: Path) -> None:
-    machine = emulator(tmp_path, 'echo "0x55:  4e87a509  .byte" > $log; echo out; echo err >&2; exit 3')
+    machine = emulator(
+        tmp_path,
+        'echo "0x55:  4e87a509  .byte    0x09, 0xa5, 0x87, 0x4e" > $log; echo out; echo err >&2; exit 3',
+    )
     ended = machine.python(A53, ["program"], count=True)
     assert ended == Ended(3, "out\n", "err\n", {"smmla": 1})
     assert ended.complaint() == "err"
