@@ -4,7 +4,7 @@
 
 On a Debian or Ubuntu on x86_64 with qemu-user-static, g++-aarch64-linux-gnu and cmake. WORK, 2 GB, is filled
 with a small Debian for ARM, the runtimes' ARM wheels from PyPI and llama.cpp's libraries, built here; none of
-it is installed. The whole takes an hour or more, of which the first part is not needed again. A check
+it is installed. The whole takes half an hour to an hour, of which the first part is not needed again. A check
 that was cut off goes on where it was; one that came to its end begins anew. What fails says why in its row,
 and the others go on; the status is 0 when all passed, else 2.
 """

@@ -120,8 +120,8 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
         write_results(args.results, results)
 
     save()
-    study = study_of(checkpoint_in(args.work, args.shape), args.shape, args.device)
-    study = replace(study, seed=args.seed)
+    checkpoint = checkpoint_in(args.work, args.shape)
+    study = replace(study_of(checkpoint, args.shape, args.device), seed=args.seed)
     measure(plan(study, parts), results, save, args.seconds, args.results.with_suffix(".log"))
     print(goals_text(results["goals"]))
     if args.device != "cuda":
